@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import attnzoo
+from attnzoo import __version__
 
 COMMANDS = {
     "convert": "turn a checkpoint into one with another attention mechanism, shard by shard",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     if command == "--version":
-        print(f"attnzoo {attnzoo.__version__}")
+        print(f"attnzoo {__version__}")
         return 0
     if command is None:
         print(_usage(), file=sys.stderr)
