@@ -1,0 +1,78 @@
+"""What every cache of keys and values offers, whatever it keeps inside."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Cache(ABC):
+    """Keys and values of the tokens seen so far, row by row; rows may differ in length.
+
+    A cache holds values, not gradients: what is appended is detached.
+    """
+
+    batch_size: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    max_length: int
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens in the longest row, known without asking the device."""
+
+    @property
+    @abstractmethod
+    def uniform(self) -> bool:
+        """Whether all rows are equally long, known without asking the device."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Tensor:
+        """Tokens in each row, `[B]` int64."""
+
+    @abstractmethod
+    def row_lengths(self) -> list[int]:
+        """Tokens in each row, known without asking the device."""
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Add tokens after each row's last; of row b's new tokens the first `lengths[b]` are real (None: all)."""
+
+    @abstractmethod
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys `[B, Hk, length, D]` and values `[B, Hk, length, Dv]`; past a row's own length anything may stand."""
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Keep at most the first `length` tokens of each row."""
+
+    @abstractmethod
+    def reorder(self, indices: Tensor) -> None:
+        """Row b becomes what row `indices[b]` was (beam search); the batch size stays."""
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order; the batch size becomes their number."""
+
+    @abstractmethod
+    def repeat(self, count: int) -> None:
+        """Make `count` neighbouring rows of each row (several samples of one prompt)."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+
+
+def host_lengths(lengths: Tensor, batch_size: int, most: int, name: str = "lengths") -> list[int]:
+    """`lengths [B]` as a list, checked: integers from 0 to `most`. Waits for the device."""
+    if lengths.shape != (batch_size,) or lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} is {lengths.dtype} of shape {list(lengths.shape)}; it must be int64 or int32 of shape [{batch_size}]"
+        )
+    values: list[int] = lengths.tolist()
+    if any(not 0 <= value <= most for value in values):
+        raise ValueError(f"{name} is {values}; each must be from 0 to {most}")
+    return values
