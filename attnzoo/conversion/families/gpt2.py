@@ -1,0 +1,89 @@
+"""GPT-2: `c_attn` is a Conv1D `[in, 3 * dim]` with columns q | k | v; one KV head is GPTBigCode's multi-query form."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from attnzoo.conversion.errors import ConversionError, Refusal
+from attnzoo.conversion.families.base import Config, Family, Geometry, Projections, shaped, whole
+
+# Both classes have these heads, computed alike.
+_ARCHITECTURES = {
+    "GPT2Model": "GPTBigCodeModel",
+    "GPT2LMHeadModel": "GPTBigCodeForCausalLM",
+    "GPT2ForSequenceClassification": "GPTBigCodeForSequenceClassification",
+    "GPT2ForTokenClassification": "GPTBigCodeForTokenClassification",
+}
+
+
+def gpt2_geometry(config: Config, kv_heads: int | None = None) -> Geometry:
+    """The geometry of a config in GPT-2's words (n_head, n_embd, n_layer) or in the usual ones."""
+    heads, dim = whole(config, "n_head", "num_attention_heads"), whole(config, "n_embd", "hidden_size")
+    if dim % heads:
+        raise ConversionError(f"config.json has n_embd {dim}, not a multiple of its n_head {heads}")
+    return Geometry(whole(config, "n_layer", "num_hidden_layers"), heads, kv_heads or heads, dim // heads, dim)
+
+
+class GPT2(Family):
+    model_type = "gpt2"
+    base = "transformer."
+    attention = "h.{layer}.attn"
+    required = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
+    buffers = ("bias", "masked_bias")
+
+    def geometry(self, config: Config) -> Geometry:
+        return gpt2_geometry(config)
+
+    def split(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> Projections:
+        self.check_names(tensors)
+        h, d, dim = geometry.num_heads, geometry.head_dim, geometry.dim
+        weight = shaped(tensors, "c_attn.weight", dim, 3, h, d, stored=(dim, 3 * dim))
+        bias = shaped(tensors, "c_attn.bias", 3, h, d, stored=(3 * dim,))
+        o = shaped(tensors, "c_proj.weight", h, d, dim)
+        o_bias = shaped(tensors, "c_proj.bias", dim)
+        q, k, v = weight.permute(1, 2, 3, 0)
+        return Projections(q, k, v, o.permute(2, 0, 1), bias[0], bias[1], bias[2], o_bias)
+
+    def join(self, projections: Projections, geometry: Geometry) -> dict[str, Tensor]:
+        p = projections
+        return {
+            "c_attn.weight": torch.cat((p.q, p.k, p.v)).flatten(0, 1).t().contiguous(),
+            "c_attn.bias": torch.cat((p.q_bias, p.k_bias, p.v_bias)).flatten(),  # type: ignore[arg-type]
+            "c_proj.weight": p.o.flatten(1, 2).t().contiguous(),
+            "c_proj.bias": p.o_bias,  # type: ignore[dict-item]
+        }
+
+    def _hold_kv_heads(self, config: Config, num_kv_heads: int) -> Config:
+        if num_kv_heads != 1:
+            raise Refusal(
+                f"no stock class holds GPT-2 with num_kv_heads={num_kv_heads}: GPT-2 has none to set, and GPTBigCode "
+                "holds num_kv_heads=1 alone; attnzoo.swap holds it in memory"
+            )
+        for key in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
+            if config.pop(key, False):
+                raise Refusal(
+                    f"GPTBigCode, which holds GPT-2 with one KV head, has no {key}; attnzoo.swap holds it in memory"
+                )
+        for name in config.get("architectures") or ():
+            if name not in _ARCHITECTURES:
+                raise Refusal(f"GPTBigCode has no counterpart of {name}; it has {', '.join(_ARCHITECTURES.values())}")
+        # It orders the same sums in another way; GPTBigCode has its own switches for that, fp32 by default.
+        config.pop("reorder_and_upcast_attn", None)
+        # The defaults differ, so the one of GPT-2 is written out.
+        activation = config.get("activation_function") or "gelu_new"
+        config |= {"model_type": "gpt_bigcode", "multi_query": True, "activation_function": activation}
+        if config.get("architectures"):
+            config["architectures"] = [_ARCHITECTURES[name] for name in config["architectures"]]
+        return config
+
+    def carry(self, name: str, tensor: Tensor, holder: Family) -> Tensor | None:
+        if holder is self:
+            return tensor
+        if self.locate(name):  # the causal mask and its fill value, which GPTBigCode does not store
+            return None
+        # GPTBigCode has a Linear [out, in] wherever GPT-2 has a Conv1D [in, out].
+        return tensor.t().contiguous() if name.endswith(("mlp.c_fc.weight", "mlp.c_proj.weight")) else tensor
+
+
+FAMILIES = (GPT2(),)
