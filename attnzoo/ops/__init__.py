@@ -1,0 +1,5 @@
+"""Functional attention: tensors in, tensors out; no modules, no configs."""
+
+from attnzoo.ops.softmax import attention, explain
+
+__all__ = ["attention", "explain"]

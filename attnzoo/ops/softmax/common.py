@@ -1,0 +1,82 @@
+"""What the softmax backends share: the validated call, and which query sees which key."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.masks import Mask, mask_from_dict
+
+
+class Call(NamedTuple):
+    """One call of `attention`, validated and with its defaults filled in; what backends judge and run."""
+
+    q: Tensor  # [B, Hq, Sq, D]
+    k: Tensor  # [B, Hk, Sk, D]
+    v: Tensor  # [B, Hk, Sk, Dv]
+    mask: Mask | Tensor
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [Hq]
+    dropout_p: float = 0.0
+    key_lengths: Tensor | None = None  # [B]
+    cu_seqlens_q: Tensor | None = None  # [N + 1]
+    cu_seqlens_k: Tensor | None = None  # [N + 1]
+    return_lse: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Softmax and sums run in fp32 whatever the inputs are, and in fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=256)
+def mask_from_text(text: str) -> Mask:
+    """The mask whose `text` this is; the way back from a custom operator's string argument."""
+    return mask_from_dict(json.loads(text))
+
+
+def visibility(call: Call) -> Tensor:
+    """Which query sees which key, written out: bool, broadcastable to `[B, Hq, Sq, Sk]`. Quadratic."""
+    q_len, k_len = call.q.shape[2], call.k.shape[2]
+    if isinstance(call.mask, Tensor):
+        visible = call.mask
+    elif call.packed:
+        return packed_visibility(call.mask, q_len, k_len, call.cu_seqlens_q, call.cu_seqlens_k)
+    else:
+        visible = call.mask.dense(q_len, k_len, device=call.q.device)
+    if call.key_lengths is not None:
+        real = torch.arange(k_len, device=call.q.device) < call.key_lengths[:, None]
+        visible = visible & real[:, None, None, :]
+    return visible
+
+
+def packed_visibility(mask: Mask, q_len: int, k_len: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+    """The mask inside each document, bool `[q_len, k_len]`; rows and columns past the last boundary are dark."""
+    assert cu_q is not None and cu_k is not None
+    q_doc, q_at = _documents(cu_q, q_len)
+    k_doc, k_at = _documents(cu_k, k_len)
+    shift = torch.diff(cu_k) - torch.diff(cu_q)  # bottom-right alignment, document by document
+    q_at = q_at + shift[q_doc.clamp(0, len(shift) - 1)]
+    same = (q_doc[:, None] == k_doc[None, :]) & (q_doc[:, None] < len(shift))
+    return same & mask.visible(q_at[:, None], k_at[None, :])
+
+
+def _documents(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Each position's document and its place in it. Past the last boundary the document is the number of documents."""
+    position = torch.arange(length, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+    return document, position - cu_seqlens[document.clamp(max=len(cu_seqlens) - 2)]

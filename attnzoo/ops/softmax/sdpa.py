@@ -1,0 +1,139 @@
+"""PyTorch's own fused kernels through `scaled_dot_product_attention`, for the calls that they take without S x S memory.
+
+PyTorch falls back to a quadratic kernel without a word where its fused ones do not apply; `reasons` keeps such calls out.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+from attnzoo.ops.softmax.common import Call
+
+_HALF = (torch.float16, torch.bfloat16)
+_ASK_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 groups heads unasked
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    out = []
+    if call.softcap is not None:
+        out.append("has no softcap")
+    if call.sinks is not None:
+        out.append("has no sinks")
+    if call.return_lse:
+        out.append("does not return the logsumexp")
+    if call.q.shape[-1] != call.v.shape[-1]:
+        out.append("wants values as wide as keys")
+    if call.q.device.type not in ("cpu", "cuda"):
+        out.append(f"is not known to be linear in memory on {call.q.device.type}")
+    if call.q.device.type == "cpu" and call.dropout_p > 0:
+        out.append("has no fused dropout on a CPU")
+    return out + (_packed_reasons(call) if call.packed else _padded_reasons(call))
+
+
+def _padded_reasons(call: Call) -> list[str]:
+    out = []
+    q_len, k_len = call.q.shape[2], call.k.shape[2]
+    if isinstance(call.mask, Causal):
+        if q_len != k_len:
+            out.append("aligns causal masks top left when queries and keys differ in number")
+        if call.key_lengths is not None:
+            out.append("cannot join a causal mask with key_lengths but by a dense mask")
+        if call.q.device.type == "cuda" and call.group > 1 and call.q.dtype not in _HALF:
+            out.append("has no fused grouped causal kernel in fp32")
+    elif not isinstance(call.mask, Tensor | Full):
+        out.append(f"has no fused {call.mask.pattern!r} mask")
+    if call.q.device.type == "cuda" and (call.q.shape[-1] > 256 or call.q.dtype == torch.float64):
+        out.append("has no fused kernel for this dtype or head_dim")
+    return out
+
+
+def _packed_reasons(call: Call) -> list[str]:
+    out = []
+    if call.q.device.type != "cuda" or call.q.dtype not in _HALF:
+        out.append("runs packed sequences on CUDA in fp16 or bf16 only")
+    if not isinstance(call.mask, Full | Causal | SlidingWindow):
+        out.append("runs packed sequences with a full, causal or sliding-window mask only")
+    if call.dropout_p > 0:
+        out.append("has no dropout for packed sequences")
+    if call.q.shape[-1] % 8 or call.q.shape[-1] > 256:
+        out.append("wants a head_dim that is a multiple of 8 up to 256 for packed sequences")
+    return out
+
+
+def run(call: Call) -> tuple[Tensor, None]:
+    """Output `[B, Hq, Sq, D]`; no logsumexp."""
+    if call.packed:
+        return _packed(call), None
+    if isinstance(call.mask, Causal):
+        gqa = call.group > 1
+        out = F.scaled_dot_product_attention(
+            call.q, call.k, call.v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, enable_gqa=gqa
+        )
+        return out, None
+    return _masked(call), None
+
+
+def _masked(call: Call) -> Tensor:
+    """Full, key-padded or densely masked attention, the heads of a group laid out as further queries of one head."""
+    batch, q_heads, q_len, dim = call.q.shape
+    k_heads, k_len = call.k.shape[1:3]
+    k, v = call.k, call.v
+    visible: Tensor | None = call.mask if isinstance(call.mask, Tensor) else None  # [1|B, 1|Hq, 1|Sq, Sk]
+    if call.key_lengths is not None:
+        real = (torch.arange(k_len, device=k.device) < call.key_lengths[:, None])[:, None, None, :]
+        visible = real if visible is None else visible & real
+    sees = None
+    if visible is not None:
+        visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
+        seen = visible.any(2).any(1)[:, None, :, None].expand(-1, 1, k_len, 1)  # [1|B, 1, Sk, 1]
+        k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
+        # A row without a visible key is shown everything, to keep NaN out of its softmax, and is zeroed afterwards.
+        sees = visible.any(-1, keepdim=True)
+        visible = _rows_of_groups(visible | ~sees, k_heads, call.group, q_len, k_len)
+    q = call.q.reshape(batch, k_heads, call.group * q_len, dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=call.dropout_p, scale=call.scale)
+    out = out.reshape(batch, q_heads, q_len, -1)
+    return out if sees is None else out.masked_fill(~sees, 0)
+
+
+def _rows_of_groups(visible: Tensor, k_heads: int, group: int, q_len: int, k_len: int) -> Tensor:
+    """A mask `[1|B, 1|Hq, 1|Sq, Sk]` for queries laid out as `[B, Hk, G * Sq]`."""
+    batch, heads, rows, _ = visible.shape
+    if rows == 1 and heads == 1:
+        return visible.expand(batch, 1, 1, k_len)
+    if group == 1:
+        return visible
+    grouped = visible.reshape(batch, *((1, 1) if heads == 1 else (k_heads, group)), rows, -1)
+    return grouped.expand(-1, -1, group, q_len, k_len).reshape(batch, -1, group * q_len, k_len)
+
+
+def _packed(call: Call) -> Tensor:
+    """Documents one after another, through flash attention's variable-length kernel."""
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+    q_len, k_len = call.q.shape[2], call.k.shape[2]
+    q_dead = torch.arange(q_len, device=call.q.device)[:, None] >= call.cu_seqlens_q[-1]
+    k_dead = torch.arange(k_len, device=call.q.device)[:, None] >= call.cu_seqlens_k[-1]
+    # The kernel leaves the rows past the last boundary unwritten, forward and backward.
+    q = call.q.masked_fill(q_dead, 0)[0].transpose(0, 1)  # [Tq, Hq, D]
+    k = call.k.masked_fill(k_dead, 0)[0].transpose(0, 1)
+    v = call.v.masked_fill(k_dead, 0)[0].transpose(0, 1)
+    cu_q, cu_k = call.cu_seqlens_q.int(), call.cu_seqlens_k.int()
+    window = _window(call.mask)
+    groups = {"enable_gqa": call.group > 1} if _ASK_FOR_GROUPS else {}
+    out = varlen_attn(q, k, v, cu_q, cu_k, q_len, k_len, scale=call.scale, window_size=window, **groups)
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1)[None].masked_fill(q_dead, 0)
+
+
+def _window(mask: Mask | Tensor) -> tuple[int, int]:
+    """Keys to the left and right that a query sees besides its own, -1 for all of them."""
+    if isinstance(mask, SlidingWindow):
+        return mask.window - 1, 0
+    return (-1, 0) if isinstance(mask, Causal) else (-1, -1)

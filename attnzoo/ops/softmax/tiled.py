@@ -1,0 +1,162 @@
+"""Attention a row of tiles at a time, in plain PyTorch: every option, any device, memory linear in sequence length.
+
+FlashAttention's plan (arXiv 2205.14135, 2307.08691): only tiles that the mask's block map names are computed, the
+logsumexp is saved, and the backward recomputes the scores from it. One operator each way, opaque to torch.compile, so
+that lengths and boundaries may be read from tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.softmax.common import Call, accumulation_dtype
+from attnzoo.ops.softmax.rows import Inputs, Row, rows_of_tiles
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend cannot run the call: never."""
+    return []
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hq, Sq, Dv]` in the inputs' dtype and logsumexp `[B, Hq, Sq]`."""
+    is_dense = isinstance(call.mask, Tensor)
+    return tiled_attention(
+        call.q,
+        call.k,
+        call.v,
+        call.sinks,
+        call.mask if is_dense else None,
+        call.key_lengths,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        torch.randint(1 << 62, ()) if call.dropout_p > 0 else None,
+        "" if is_dense else call.mask.text,
+        call.scale,
+        call.softcap or 0.0,
+        call.dropout_p,
+    )
+
+
+@torch.library.custom_op("attnzoo::tiled_attention", mutates_args=())
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    dense: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    mask: str,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The forward. `mask` is a mask's `text`, or empty where `dense` is given; `softcap` 0 means none."""
+    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p)
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q.dtype))
+    with torch.autocast(q.device.type, enabled=False):
+        for row in rows_of_tiles(x):
+            tile = x.load(row)
+            scores = tile.masked(tile.scores, -math.inf)  # [b, h, G, r, n]
+            top = scores.amax(-1, keepdim=True)
+            if tile.sink is not None:
+                top = torch.maximum(top, tile.sink)
+            top = top.masked_fill(top == -math.inf, 0)
+            p = torch.exp(scores - top)
+            total = p.sum(-1, keepdim=True)
+            if tile.sink is not None:
+                total = total + torch.exp(tile.sink - top)
+            row_lse = top + torch.log(total)
+            if tile.sees is not None:
+                total, row_lse = total.masked_fill(~tile.sees, 1), row_lse.masked_fill(~tile.sees, -math.inf)
+            p = x.drop(p, row)
+            row_out = (p.flatten(2, 3) @ tile.v).unflatten(2, p.shape[2:4]) / total  # scaled once, at the end
+            out[row.b, row.q_heads, row.queries] = row_out.flatten(1, 2).to(q.dtype)
+            lse[row.b, row.q_heads, row.queries] = row_lse.squeeze(-1).flatten(1, 2)
+    return out, lse
+
+
+@torch.library.custom_op("attnzoo::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    dense: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    mask: str,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the sinks (empty where there are none); dK and dV are summed over the group in fp32."""
+    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p)
+    dtype = accumulation_dtype(q.dtype)
+    d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    d_k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
+    d_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+    d_sinks = q.new_zeros(0 if sinks is None else sinks.shape[0], dtype=dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        for row in rows_of_tiles(x):
+            tile = x.load(row)
+            shape = tile.scores.shape[2:4]
+            where = (row.b, row.q_heads, row.queries)
+            row_out, row_d_out = (t[where].to(dtype).unflatten(1, (-1, shape[0])) for t in (out, d_out))
+            row_lse, row_d_lse = (t[where].to(dtype).unflatten(1, (-1, shape[0]))[..., None] for t in (lse, d_lse))
+            if tile.sees is not None:
+                row_d_out, row_d_lse = (t.masked_fill(~tile.sees, 0) for t in (row_d_out, row_d_lse))
+                row_lse = row_lse.masked_fill(~tile.sees, math.inf)
+            p = tile.masked(torch.exp(tile.scores - row_lse), 0)
+            flat_d_out = row_d_out.flatten(2, 3)
+            x.add(d_v, row, x.drop(p, row).flatten(2, 3).mT @ flat_d_out)
+            d_p = x.drop((flat_d_out @ tile.v.mT).unflatten(2, shape), row)
+            delta = (row_d_out * row_out).sum(-1, keepdim=True) - row_d_lse
+            d_scores = p * (d_p - delta)
+            if tile.sink is not None:
+                d_sinks[row.q_heads] -= (torch.exp(tile.sink - row_lse) * delta).sum((0, 3, 4)).flatten()
+            if softcap:
+                d_scores = d_scores * (1 - (tile.scores / softcap) ** 2)
+            d_scores = (d_scores * scale).flatten(2, 3)
+            d_q[where] = (d_scores @ tile.k).unflatten(2, shape).flatten(1, 2).to(q.dtype)
+            x.add(d_k, row, d_scores.mT @ tile.q)
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks
+
+
+@tiled_attention.register_fake
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+@tiled_attention_backward.register_fake
+def _(d_out, d_lse, out, lse, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
+    d_sinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.rest = inputs[9:]
+
+
+def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+    out, lse, *inputs = ctx.saved_tensors
+    sinks = inputs[3]
+    d_q, d_k, d_v, d_sinks = tiled_attention_backward(d_out, d_lse, out, lse, *inputs, *ctx.rest)
+    return d_q, d_k, d_v, None if sinks is None else d_sinks.to(sinks.dtype), *([None] * 9)
+
+
+tiled_attention.register_autograd(_backward, setup_context=_save)
