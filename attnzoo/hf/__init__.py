@@ -1,0 +1,12 @@
+"""transformers models on attnzoo's attention. Importing this registers `attn_implementation="attnzoo"`."""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from attnzoo.hf.attention import attnzoo_attention, masked_attention
+from attnzoo.hf.masks import attnzoo_mask
+
+# Both, always: without a mask function transformers passes no mask at all, and padding would be attended to.
+AttentionInterface.register("attnzoo", attnzoo_attention)
+AttentionMaskInterface.register("attnzoo", attnzoo_mask)
+
+__all__ = ["attnzoo_attention", "attnzoo_mask", "masked_attention"]
