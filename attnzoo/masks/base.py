@@ -42,7 +42,9 @@ class Mask:
     """
 
     pattern: ClassVar[str]
-    text: ClassVar[str]  # `to_dict` as JSON, the form that passes through a custom operator's schema; set on the instance
+    text: ClassVar[
+        str
+    ]  # `to_dict` as JSON, the form that passes through a custom operator's schema; set on the instance
     patterns: ClassVar[dict[str, type[Mask]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -93,7 +95,7 @@ class Mask:
     def block_map(self, q_len: int, k_len: int, block_q: int, block_k: int) -> Tensor:
         """Which tiles a kernel has to walk: int8 `[ceil(q_len / block_q), ceil(k_len / block_k)]` of `Tile` values.
 
-        Built in O(number of tiles), on the CPU. A tile may be called PARTIAL though it is EMPTY or FULL, never otherwise.
+        Built in O(number of tiles), on the CPU. A tile may be called PARTIAL though it is EMPTY or FULL, not otherwise.
         """
         if block_q < 1 or block_k < 1:
             raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")

@@ -29,7 +29,6 @@ class Causal(Mask):
         return j_lo <= i_hi, j_hi <= i_lo
 
 
-
 if __name__ == "__main__":
     from attnzoo.masks.drawing import main
 

@@ -28,7 +28,6 @@ class And(Mask):
         return any_1 & any_2, all_1 & all_2
 
 
-
 @dataclass(frozen=True)
 class Or(Mask):
     """Sees what either mask sees."""

@@ -60,7 +60,6 @@ class Documents(Mask):
         return anything, everything
 
 
-
 if __name__ == "__main__":
     from attnzoo.masks.causal import Causal
     from attnzoo.masks.drawing import main

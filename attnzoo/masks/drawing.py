@@ -33,4 +33,6 @@ def main(mask: Mask) -> None:
     parser.add_argument("--out", type=Path, default=Path(f"{mask.pattern}.png"), help="the picture's path")
     args = parser.parse_args()
     mask.draw(args.out, args.length)
-    print(f"{mask}: {mask.density(args.length, args.length):.1%} of the pairs visible at length {args.length}; {args.out}")
+    print(
+        f"{mask}: {mask.density(args.length, args.length):.1%} of the pairs visible at length {args.length}; {args.out}"
+    )

@@ -25,7 +25,6 @@ class Full(Mask):
         return every, every
 
 
-
 if __name__ == "__main__":
     from attnzoo.masks.drawing import main
 

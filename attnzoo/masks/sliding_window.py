@@ -1,4 +1,4 @@
-"""Each query sees the last `window` keys, itself among them (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825)."""
+"""Each query sees the last `window` keys, its own among them (arXiv 2004.05150 and, in Mistral, 2310.06825)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class SlidingWindow(Mask):
         anything = (j_lo <= i_hi) & (i_lo - j_hi < self.window)
         everything = (j_hi <= i_lo) & (i_hi - j_lo < self.window)
         return anything, everything
-
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""PyTorch's own fused kernels through `scaled_dot_product_attention`, for the calls that they take without S x S memory.
+"""PyTorch's own fused kernels, through `scaled_dot_product_attention`, for calls that they take in linear memory.
 
-PyTorch falls back to a quadratic kernel without a word where its fused ones do not apply; `reasons` keeps such calls out.
+Where they do not apply, PyTorch falls back to a quadratic one without a word; `reasons` keeps such calls out.
 """
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def _packed(call: Call) -> Tensor:
     v = call.v.masked_fill(k_dead, 0)[0].transpose(0, 1)
     cu_q, cu_k = call.cu_seqlens_q.int(), call.cu_seqlens_k.int()
     window = _window(call.mask)
-    groups = {"enable_gqa": call.group > 1} if _ASK_FOR_GROUPS else {}
+    groups: dict[str, Any] = {"enable_gqa": call.group > 1} if _ASK_FOR_GROUPS else {}
     out = varlen_attn(q, k, v, cu_q, cu_k, q_len, k_len, scale=call.scale, window_size=window, **groups)
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None].masked_fill(q_dead, 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.softmax.common import Call, accumulation_dtype
-from attnzoo.ops.softmax.rows import Inputs, Row, rows_of_tiles
+from attnzoo.ops.softmax.rows import Inputs, rows_of_tiles
 
 
 def reasons(call: Call) -> list[str]:
@@ -23,18 +23,18 @@ def reasons(call: Call) -> list[str]:
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Sq, Dv]` in the inputs' dtype and logsumexp `[B, Hq, Sq]`."""
-    is_dense = isinstance(call.mask, Tensor)
+    dense, text = (call.mask, "") if isinstance(call.mask, Tensor) else (None, call.mask.text)
     return tiled_attention(
         call.q,
         call.k,
         call.v,
         call.sinks,
-        call.mask if is_dense else None,
+        dense,
         call.key_lengths,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
         torch.randint(1 << 62, ()) if call.dropout_p > 0 else None,
-        "" if is_dense else call.mask.text,
+        text,
         call.scale,
         call.softcap or 0.0,
         call.dropout_p,
