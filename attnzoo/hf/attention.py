@@ -77,7 +77,6 @@ def attnzoo_attention(
         logger.warning_once('attn_implementation="attnzoo" returns no attention weights; use "eager" to see them')
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    query, key, value = _in_one_dtype(query, key, value)
     if query.shape[0] == 1 != key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
     out = masked_attention(
@@ -158,15 +157,6 @@ def _pattern(is_causal: bool, window: int | None, attention_mask: Tensor | None,
     return Causal() if window is None else SlidingWindow(window)
 
 
-def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, RoPE and norms leave queries and keys in fp32; attention then runs in autocast's dtype."""
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return tuple(t.to(dtype) for t in tensors)
-    return tensors
-
-
 def _visible(mask: Tensor) -> Tensor:
     """A caller's 4-D mask as bool."""
     if mask.ndim != 4:
@@ -178,8 +168,8 @@ def _visible(mask: Tensor) -> Tensor:
         raise ValueError("attention_mask must be bool under torch.compile, got an additive mask")
     if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
         raise ValueError(
-            'attn_implementation="attnzoo" takes masks, not biases: a floating point attention_mask may hold 0 (visible) '
-            f"and {torch.finfo(mask.dtype).min} or -inf (hidden), got other values"
+            'attn_implementation="attnzoo" takes masks, not biases: a floating point attention_mask may hold '
+            f"0 (visible) and {torch.finfo(mask.dtype).min} or -inf (hidden), got other values"
         )
     return visible
 

@@ -44,6 +44,8 @@ def read_pattern(mask_function: Callable[..., Any]) -> Pattern | None:
         return Pattern(causal=True)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Pattern()
+    if torch.compiler.is_compiling():  # cannot look into closures
+        return None
     code = getattr(mask_function, "__code__", None)
     closure = getattr(mask_function, "__closure__", None)
     if code is None or not closure:

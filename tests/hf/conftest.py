@@ -12,43 +12,43 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import attnzoo.hf  # noqa: F401  (registers the attention function)
 
-COMMON: dict[str, Any] = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
-GEMMA: dict[str, Any] = COMMON | dict(head_dim=16)
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GEMMA: dict[str, Any] = COMMON | {"head_dim": 16}
 ALTERNATE = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": COMMON | dict(attention_bias=True),
-    "mistral": COMMON | dict(sliding_window=5),
-    "qwen2": COMMON | dict(use_sliding_window=True, sliding_window=5, layer_types=ALTERNATE),
-    "qwen3": COMMON | dict(head_dim=16, num_key_value_heads=2),
+    "llama": COMMON | {"attention_bias": True},
+    "mistral": COMMON | {"sliding_window": 5},
+    "qwen2": COMMON | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ALTERNATE},
+    "qwen3": COMMON | {"head_dim": 16, "num_key_value_heads": 2},
     "gemma": GEMMA,
     "gemma2": GEMMA
-    | dict(sliding_window=5, layer_types=ALTERNATE, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "gemma3_text": GEMMA | dict(sliding_window=5, layer_types=ALTERNATE, query_pre_attn_scalar=16),
-    "phi3": COMMON | dict(sliding_window=5, partial_rotary_factor=0.5),
-    "gpt2": dict(
-        vocab_size=97,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    ),
-    "gpt_neox": COMMON | dict(rotary_pct=0.5),
+    | {"sliding_window": 5, "layer_types": ALTERNATE, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": GEMMA | {"sliding_window": 5, "layer_types": ALTERNATE, "query_pre_attn_scalar": 16},
+    "phi3": COMMON | {"sliding_window": 5, "partial_rotary_factor": 0.5},
+    "gpt2": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    },
+    "gpt_neox": COMMON | {"rotary_pct": 0.5},
     "gpt_oss": COMMON
-    | dict(head_dim=8, sliding_window=5, layer_types=ALTERNATE, num_local_experts=2, num_experts_per_tok=1),
+    | {"head_dim": 8, "sliding_window": 5, "layer_types": ALTERNATE, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
 
