@@ -70,7 +70,8 @@ def host_lengths(lengths: Tensor, batch_size: int, most: int, name: str = "lengt
     """`lengths [B]` as a list, checked: integers from 0 to `most`. Waits for the device."""
     if lengths.shape != (batch_size,) or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{name} is {lengths.dtype} of shape {list(lengths.shape)}; it must be int64 or int32 of shape [{batch_size}]"
+            f"{name} is {lengths.dtype} of shape {list(lengths.shape)}; "
+            f"it must be int64 or int32 of shape [{batch_size}]"
         )
     values: list[int] = lengths.tolist()
     if any(not 0 <= value <= most for value in values):

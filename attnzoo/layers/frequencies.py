@@ -1,7 +1,7 @@
 """Rotary frequencies and their scalings: none, linear, dynamic NTK, llama3, yarn.
 
 A scaling is a dictionary in the form of transformers' ``rope_parameters``: `{"rope_type": "yarn", "factor": 4.0, ...}`.
-The arithmetic follows transformers' in the same order, so that in fp32 the frequencies are those a model was trained with.
+The arithmetic follows transformers' in the same order, so that in fp32 they are those that a model was trained with.
 Linear: arXiv:2306.15595. Dynamic NTK: after u/bloc97 and u/emozilla. YaRN: arXiv:2309.00071. llama3: arXiv:2407.21783.
 """
 

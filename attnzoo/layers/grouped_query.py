@@ -123,13 +123,14 @@ class GroupedQueryAttention(nn.Module):
     def project_q(self, x: Tensor) -> Tensor:
         """Queries `[B, Hq, S, D]` of `x [B, S, dim]`, normalised, not rotated."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        return (q if self.q_norm is None else self.q_norm(q)).transpose(1, 2)
+        return (q if self.q_norm is None else self.q_norm(q).to(q.dtype)).transpose(1, 2)
 
     def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (normalised, not rotated) and values, each `[B, Hk, S, D]`, of `x [B, S, dim]`."""
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return (k if self.k_norm is None else self.k_norm(k)).transpose(1, 2), v.transpose(1, 2)
+        # Autocast lets a norm give fp32; back, so that keys and values fit one cache.
+        return (k if self.k_norm is None else self.k_norm(k).to(k.dtype)).transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, out: Tensor) -> Tensor:
         """Heads `[B, Hq, S, D]` to `[B, S, dim]`."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+from attnzoo.masks import Full, Mask, SlidingWindow
 from attnzoo.ops.softmax import attention
 
 _FEW_QUERIES = 16  # up to here a mask of [B, 1, Sq, n] is small beside the keys
@@ -71,7 +71,7 @@ def decode(
     if isinstance(starts, int):
         _check_last(starts, q_len, k_len)
         return _aligned(q, k, v, cache, starts, mask, scale, softcap, sinks)
-    if q_len <= _FEW_QUERIES or torch.compiler.is_compiling():
+    if q_len <= _FEW_QUERIES:
         return _masked(q, k, v, cache, starts, mask, scale, softcap, sinks)
     return _row_by_row(q, k, v, cache, starts, mask, scale, softcap, sinks)
 
@@ -91,8 +91,9 @@ def _aligned(
     padding = start + q.shape[2] - k.shape[2]  # queries past the end of every row
     q = q[:, :, : q.shape[2] - padding]
     if cache.uniform:
-        if q.shape[2] == 1:
-            k, v, mask = _seen_by_last(k, v, mask)
+        if q.shape[2] == 1 and isinstance(mask, SlidingWindow):  # only the last few keys: no mask is needed then
+            first = max(k.shape[2] - mask.window, 0)
+            k, v, mask = k[:, :, first:], v[:, :, first:], Full()
         out = attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
     else:
         lengths = cache.lengths
@@ -100,16 +101,6 @@ def _aligned(
         past = start + torch.arange(q.shape[2], device=q.device) >= lengths[:, None]  # [B, Sq]
         out = out.masked_fill(past[:, None, :, None], 0)
     return F.pad(out, (0, 0, 0, padding)) if padding else out
-
-
-def _seen_by_last(k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
-    """A single query at the end sees all keys or the last few: no mask is needed, and any kernel can run it."""
-    if isinstance(mask, Causal):
-        return k, v, Full()
-    if isinstance(mask, SlidingWindow):
-        first = max(k.shape[2] - mask.window, 0)
-        return k[:, :, first:], v[:, :, first:], Full()
-    return k, v, mask
 
 
 def _masked(
