@@ -22,8 +22,8 @@ test: lint ## lint, types and tests: what CI runs
 	$(PY) -m pytest -q -m "not serial and not gpu" -n $(JOBS) || status=$$?; \
 	exit $$status
 
-test-gpu: $(VENV)/.ready-dev ## the tests that need a GPU, and the kernels' tests natively
-	$(PY) -m pytest -q tests/ops tests/gpu
+test-gpu: $(VENV)/.ready-dev ## the tests that need a GPU, and the ops' tests natively
+	$(PY) -m pytest -q tests/ops $(wildcard tests/gpu)
 
 lint: $(VENV)/.ready-dev ## ruff and mypy
 	$(PY) -m ruff check .
@@ -48,7 +48,7 @@ define install
 	  echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/.created; fi
 	@echo "installing into $(VENV); the first time takes some minutes"
 	@touch $(VENV)/.unfinished
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '$(1)'
 	@rm -f $(VENV)/.unfinished
 	@touch $@
 endef
