@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,10 +109,11 @@ def test_backends_of_an_op_never_import_one_another() -> None:
 
 
 def public_definitions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
-    """The functions and classes at the top of a file whose names have no leading underscore."""
+    """The functions and classes at the top of a file whose names have no leading underscore; overloads left out."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            yield node
+            if "overload" not in [ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list]:
+                yield node
 
 
 def test_public_functions_and_classes_have_docstrings() -> None:
@@ -168,3 +171,18 @@ def test_the_checks_see_relative_and_lazy_imports(
     path.parent.mkdir(parents=True)
     path.write_text(source)
     assert expected in [name for _, name in imports_of(path)]
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = {re.split(r"[^\w-]", line)[0].lower() for line in tomllib.load(file)["project"]["dependencies"]}
+    distributions = {"hydra": "hydra-core", "yaml": "pyyaml", "pytorch_lightning": "lightning"}
+    ours = {"attnzoo", "recipes", "conf"}
+    wrong = [
+        f"{path}:{line} imports {top}, and pyproject.toml does not name it"
+        for path in SOURCES
+        for line, name in imports_of(path)
+        if (top := name.split(".")[0]) not in sys.stdlib_module_names | ours
+        and distributions.get(top, top) not in declared
+    ]
+    assert not wrong, "\n".join(wrong)
