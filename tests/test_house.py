@@ -77,10 +77,11 @@ def test_a_room_imports_only_from_below() -> None:
             if name.split(".")[0] not in ("attnzoo", "recipes"):
                 continue
             target = room_of(name)
-            if target == "__version__" or target == room:
+            if target == room:
                 continue
-            if target not in FLOORS:
-                wrong.append(f"{path}:{line} imports {name}: take it from the room that it stands in")
+            if target not in FLOORS:  # a public name, from attnzoo itself
+                if room not in ("recipes", "cli"):
+                    wrong.append(f"{path}:{line} imports {name}: take it from the room that it stands in")
             elif FLOORS.index(target) >= FLOORS.index(room):
                 wrong.append(f"{path}:{line} ({room}) imports {name}, which is not below it")
     assert not wrong, "\n".join(wrong)
@@ -111,9 +112,10 @@ def test_backends_of_an_op_never_import_one_another() -> None:
 def public_definitions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     """The functions and classes at the top of a file whose names have no leading underscore; overloads left out."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            if "overload" not in [ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list]:
-                yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list):
+            yield node
 
 
 def test_public_functions_and_classes_have_docstrings() -> None:
@@ -183,6 +185,6 @@ def test_every_library_that_is_imported_is_declared() -> None:
         for path in SOURCES
         for line, name in imports_of(path)
         if (top := name.split(".")[0]) not in sys.stdlib_module_names | ours
-        and distributions.get(top, top) not in declared
+        and distributions.get(top, top.replace("_", "-")) not in declared
     ]
     assert not wrong, "\n".join(wrong)
