@@ -42,9 +42,7 @@ class Mask:
     """
 
     pattern: ClassVar[str]
-    text: ClassVar[
-        str
-    ]  # `to_dict` as JSON, the form that passes through a custom operator's schema; set on the instance
+    text: ClassVar[str]  # `to_dict` as JSON, to pass through a custom operator's schema; set on the instance
     patterns: ClassVar[dict[str, type[Mask]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -83,6 +81,7 @@ class Mask:
         out: dict[str, Any] = {"pattern": self.pattern}
         for field in fields(self):
             value = getattr(self, field.name)
+            value = list(value) if isinstance(value, tuple) else value
             out[field.name] = value.to_dict() if isinstance(value, Mask) else value
         return out
 

@@ -29,7 +29,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
     # Whatever stands where nobody looks, NaN included, must not reach a sum, forward or backward.
     dtype = accumulation_dtype(call.q.dtype)
-    q = call.q.to(dtype).reshape(batch, k_heads, call.group, q_len, -1).masked_fill(~sees, 0)
+    q = call.q.to(dtype).unflatten(1, (k_heads, call.group)).masked_fill(~sees, 0)
     k = call.k.to(dtype).masked_fill(~seen, 0)
     v = call.v.to(dtype).masked_fill(~seen, 0)
 
@@ -45,5 +45,5 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     p = torch.exp(scores - lse).masked_fill(~visible, 0)
     p = torch.dropout(p, call.dropout_p, train=call.dropout_p > 0)
     out = torch.einsum("bhgqk,bhkd->bhgqd", p, v)
-    lse = lse.masked_fill(~sees, -torch.inf)
-    return out.reshape(batch, q_heads, q_len, -1).to(call.q.dtype), lse.reshape(batch, q_heads, q_len)
+    lse = lse.masked_fill(~sees, -torch.inf).squeeze(-1)
+    return out.flatten(1, 2).to(call.q.dtype), lse.flatten(1, 2)
