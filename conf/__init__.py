@@ -1,0 +1,1 @@
+"""Hydra configs; a package, so that `pkg://conf` finds them wherever attnzoo is installed."""

@@ -1,0 +1,59 @@
+"""AdamW and its learning rate: warm-up, then cosine or constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+SCHEDULES = ("cosine", "constant")
+
+
+def adamw(model: nn.Module, *, lr: float, betas: Iterable[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    first, second = betas
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(first, second),
+        eps=eps,
+        fused=_can_fuse(trained),
+    )
+
+
+def learning_rate_factor(step: int, *, total_steps: int, schedule: str, warmup: float, final: float) -> float:
+    """What the learning rate is multiplied with at optimizer step `step` (0 is the first).
+
+    Args:
+        step: optimizer step, from 0.
+        total_steps: steps of the whole run.
+        schedule: "cosine" falls from 1 to `final` over what follows the warm-up; "constant" stays at 1.
+        warmup: fraction of the run over which the rate rises linearly; its first step is not 0.
+        final: factor that the cosine ends at.
+
+    Raises:
+        ValueError: for an unknown schedule or a fraction outside 0..1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    for name, value in (("warmup", warmup), ("final", final)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"optimizer.{name} must be a fraction between 0 and 1, got {value!r}")
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

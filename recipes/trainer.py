@@ -1,0 +1,123 @@
+"""The Lightning trainer of a conf/trainer and a conf/logger group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from transformers import PreTrainedModel
+
+from recipes.checkpointing import SafetensorsIO
+
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
+
+
+class ProgressBar(TQDMProgressBar):
+    """Shows loss, tokens/s, learning rate and the last validation by short names."""
+
+    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        short = {"train/tokens_per_s": "tokens/s", "val/cross_entropy": "val"}
+        metrics = super().get_metrics(*args, **kwargs)
+        metrics.pop("v_num", None)
+        return {short.get(name, name.removeprefix("train/")): value for name, value in metrics.items()}
+
+
+def build_trainer(
+    config: Mapping[str, Any], *, max_steps: int, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+) -> Trainer:
+    """A trainer that leaves optimisation, validation and checkpoints to the module and the callbacks."""
+    bar = [ProgressBar(leave=True)] if config["progress_bar"] else []
+    return Trainer(
+        accelerator=config["accelerator"],
+        devices=config["devices"],
+        strategy=config["strategy"],
+        precision=config["precision"],
+        max_steps=max_steps,
+        log_every_n_steps=config["log_every_n_steps"],
+        callbacks=[*callbacks, *bar],
+        logger=list(loggers),
+        plugins=[SafetensorsIO()],
+        enable_checkpointing=False,  # recipes.checkpointing does it
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+    )
+
+
+def build_loggers(config: Mapping[str, Any] | None, *, folder: Path, first_step: int) -> list[Logger]:
+    """The loggers of a conf/logger group, writing to `folder`.
+
+    A resumed run writes to a folder of its own, from_step_N: the CSV logger would delete what the first part wrote.
+    """
+    place = {"save_dir": str(folder), "version": f"from_step_{first_step}"}
+    return [
+        instantiate(logger, **{k: v for k, v in place.items() if k not in logger}) for logger in (config or {}).values()
+    ]
+
+
+def choose_precision(precision: str, accelerator: str) -> str:
+    """`auto` is bf16 autocast where the hardware multiplies bf16, else fp32.
+
+    Raises:
+        ValueError: for a precision that the recipe does not train in.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "cpu"):
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return "bf16-mixed" if fast else "32-true"
+
+
+def prepare_for_training(model: PreTrainedModel, *, train: str, gradient_checkpointing: bool, compile: bool) -> None:
+    """Freezes what does not train and turns on gradient checkpointing and torch.compile, all in place.
+
+    Args:
+        train: "all", or "attention" for the parameters of the attention modules only.
+
+    Raises:
+        ValueError: for another value of `train`, or a model family whose attention modules are not known.
+    """
+    if train not in ("all", "attention"):
+        raise ValueError(f"train must be all or attention, got {train!r}")
+    if train == "attention":
+        from attnzoo.conversion.families import family_for
+
+        family = family_for(model.config.model_type)
+        layers = family.geometry(model.config.to_dict()).num_layers
+        model.requires_grad_(False)
+        for layer in range(layers):
+            model.get_submodule(family.attention_path(layer)).requires_grad_(True)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if compile:
+        model.compile()
+
+
+def is_main_process() -> bool:
+    """False in the processes that Lightning starts for the other devices of a run."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def world_size(devices: int | Sequence[int]) -> int:
+    """How many processes train.
+
+    Raises:
+        ValueError: for "auto" or -1: how many tokens a step takes would depend on the machine.
+    """
+    count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"trainer.devices must be a number of at least 1 or a list of devices, got {devices!r}")
+    return count

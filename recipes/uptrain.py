@@ -1,0 +1,162 @@
+"""`attnzoo uptrain [overrides]`: convert a model to another attention, win its quality back, show what was won.
+
+The whole main job, from top to bottom in `uptrain`. Every field is explained in conf/uptrain.yaml.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from recipes.checkpointing import Checkpoints, last_checkpoint
+from recipes.convert import changes_attention, convert_folder, local_folder, read_spec
+from recipes.data import TextDataModule
+from recipes.evaluate import evaluate
+from recipes.export import check_export_dtype, export
+from recipes.length import training_steps
+from recipes.models import load_model, load_tokenizer
+from recipes.module import Uptraining
+from recipes.report import write_report
+from recipes.run_folder import RunFolder
+from recipes.trainer import (
+    build_loggers,
+    build_trainer,
+    choose_precision,
+    is_main_process,
+    prepare_for_training,
+    world_size,
+)
+from recipes.validation import Validation
+from recipes.windows import Windows
+
+log = logging.getLogger(__name__)
+
+# A run that is resumed goes on in its folder; any other gets one by its name and the time.
+OmegaConf.register_new_resolver(
+    "run_folder", lambda resume, fresh: fresh if resume in (None, "auto") else resume, replace=True
+)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="uptrain")
+def main(config: DictConfig) -> None:
+    run = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    only_resumes = all(override.startswith("resume=") for override in HydraConfig.get().overrides.task)
+    if config.resume is not None and only_resumes and run.config.is_file():
+        config = OmegaConf.merge(OmegaConf.load(run.config), {"resume": config.resume})
+    try:
+        uptrain(config, run)
+    finally:
+        run.drop_if_nothing_ran()
+
+
+def uptrain(config: DictConfig, run: RunFolder) -> None:
+    """Runs the main job in the folder of `run`; what an earlier, interrupted start has finished is not done again."""
+    OmegaConf.resolve(config)
+    config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    check_export_dtype(config.export_dtype)
+    seed_everything(config.seed, verbose=False)
+    spec = read_spec(config.attention)
+    source = local_folder(config.model)
+    tokenizer = load_tokenizer(config.model)
+    batch = config.batch
+    data = TextDataModule(config.data, tokenizer, seq_len=batch.seq_len, batch_size=batch.size, seed=config.seed)
+    steps = training_steps(
+        alpha=config.alpha,
+        max_steps=config.max_steps,
+        max_tokens=config.max_tokens,
+        tokens_per_step=batch.size * batch.seq_len * batch.accumulate * world_size(config.trainer.devices),
+        original_steps=config.model.get("original_steps"),
+        original_tokens=config.model.get("original_tokens"),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    if not is_main_process():  # of the others, that Lightning starts once the model is converted
+        train(config, run, data, start=run.converted if run.converted.is_dir() else source, steps=steps)
+        return
+    run.start(config, seeds={"everything": config.seed, "convert": config.convert.seed})
+
+    def judged(name: str, model: Callable[[], PreTrainedModel]) -> None:
+        if name not in run.evaluations:
+            run.add(evaluate(model(), data.val_batches(), name=name, speed=config.speed))
+
+    def load(folder: Path) -> PreTrainedModel:
+        return load_model({**config.model, "path": str(folder)})
+
+    judged("original", lambda: load(source))
+    start = source
+    if changes_attention(source, spec):
+        start = run.converted
+        if not start.is_dir():
+            log.info("converting %s to %s", source, spec)
+            convert_folder(source, spec, start, config.convert)
+        judged("converted", lambda: load(start))
+
+    log.info("training for %d steps", steps)
+    model, curve = train(config, run, data, start=start, steps=steps)
+    if not run.uptrained.is_dir():
+        export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
+    judged("uptrained", lambda: load(run.uptrained))
+    meta = {"run": config.name, "model": config.model.path, "attention": spec.to_dict(), "steps": steps}
+    write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=meta)
+    log.info("the uptrained model lies in %s", run.uptrained)
+
+
+def train(
+    config: DictConfig, run: RunFolder, data: TextDataModule, *, start: Path, steps: int
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Trains the model in `start`, from the run's last checkpoint where there is one; the model and its curve.
+
+    Exits with status 130 when the process was asked to stop, after a checkpoint.
+    """
+    model = load_model({**config.model, "path": str(start)})
+    prepare_for_training(
+        model,
+        train=config.train,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        compile=config.trainer.compile,
+    )
+    module = Uptraining(
+        model,
+        instantiate(config.objective),
+        optimizer=config.optimizer,
+        total_steps=steps,
+        gradient_clip_norm=config.trainer.gradient_clip_norm,
+        seed=config.seed,
+    )
+    validation = Validation(
+        data.val_batches, every_n_steps=config.validation.every_n_steps, limit=config.validation.batches
+    )
+    checkpoints = Checkpoints(run.checkpoints, **config.checkpoint)
+    resumed = last_checkpoint(run.checkpoints)
+    first_step = int(resumed.name.removeprefix("step_")) if resumed else 0
+    trainer = build_trainer(
+        config.trainer,
+        max_steps=steps,
+        callbacks=[validation, checkpoints],
+        loggers=build_loggers(config.logger, folder=run.logs, first_step=first_step),
+    )
+    windows = Windows(
+        data.train_dataloader(),
+        steps=steps,
+        accumulate=config.batch.accumulate,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    trainer.fit(module, windows, ckpt_path=resumed)
+    if checkpoints.stopped_by is not None and trainer.global_step < steps:
+        log.warning("stopped after step %d; resume=%s goes on from there", trainer.global_step, run.path)
+        sys.exit(130)
+    return model, validation.curve
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The small parts of the uptraining recipe: its length, its learning rate, its windows, its checkpoint files."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.checkpointing import SafetensorsIO, last_checkpoint
+from recipes.length import training_steps
+from recipes.optim import adamw, learning_rate_factor
+from recipes.trainer import choose_precision, world_size
+from recipes.windows import Windows
+
+LENGTH = {"alpha": None, "max_steps": None, "max_tokens": None, "tokens_per_step": 100}
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_tokens": 700}, 7),
+        ({"max_tokens": 701}, 8),
+        ({"alpha": 0.05, "original_tokens": 20_000}, 10),
+        ({"alpha": 0.05, "original_steps": 400, "original_tokens": 20_000}, 20),
+        ({"alpha": 0, "original_steps": 400}, 0),
+    ],
+)
+def test_the_length_of_a_run_is_steps_tokens_or_a_fraction_of_the_original_training(given, steps):
+    assert training_steps(**{**LENGTH, **given}) == steps
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of alpha, max_steps, max_tokens; got none"),
+        ({"alpha": 0.1, "max_steps": 3}, "got alpha=0.1, max_steps=3; set the others to null"),
+        ({"alpha": 0.1}, "give model.original_tokens"),
+        ({"max_steps": -1}, "max_steps must be a number of at least 0"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number"),
+        ({"max_tokens": math.nan}, "max_tokens must be a number"),
+        ({"max_tokens": "many"}, "max_tokens must be a number"),
+    ],
+)
+def test_a_length_that_is_not_clear_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        training_steps(**{**LENGTH, **given})
+
+
+def test_the_learning_rate_warms_up_and_then_falls_along_a_cosine_or_stays():
+    cosine = [
+        learning_rate_factor(step, total_steps=10, schedule="cosine", warmup=0.2, final=0.1) for step in range(11)
+    ]
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine[6] == pytest.approx(0.55)  # half way between step 2 and step 10
+    assert cosine[10] == pytest.approx(0.1)
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+    constant = [learning_rate_factor(s, total_steps=10, schedule="constant", warmup=0.2, final=0.1) for s in range(11)]
+    assert constant == [0.5] + [1.0] * 10
+
+
+@pytest.mark.parametrize("bad", [{"schedule": "linear"}, {"warmup": 1.5}, {"final": -0.1}])
+def test_a_schedule_that_does_not_exist_is_refused(bad):
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(bad))} must be"):
+        learning_rate_factor(0, **{"total_steps": 10, "schedule": "cosine", "warmup": 0.1, "final": 0.1, **bad})
+
+
+def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model[2].requires_grad_(False)
+    optimizer = adamw(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {
+        id(model[0].weight): 0.3,
+        id(model[0].bias): 0.0,
+        id(model[1].weight): 0.0,
+        id(model[1].bias): 0.0,
+    }
+    assert optimizer.defaults["fused"]
+
+
+class Counting:
+    """Epochs of five micro-batches, numbered through."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __iter__(self):
+        end = (self.next // 5 + 1) * 5
+        while self.next < end:
+            self.next += 1
+            yield self.next - 1
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+def test_windows_end_with_the_epoch_and_go_on_after_a_resume():
+    whole = list(Windows(Counting(), steps=5, accumulate=2))
+    assert whole == [[0, 1], [2, 3], [4], [5, 6], [7, 8]]
+    for taken in range(5):
+        first = Windows(Counting(), steps=5, accumulate=2)
+        given = iter(first)
+        before = [next(given) for _ in range(taken)]
+        second = Windows(Counting(), steps=5, accumulate=2)
+        second.load_state_dict(first.state_dict())
+        assert before + list(second) == whole
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    shared = torch.randn(3, 2)
+    saved = {
+        "state_dict": {"a": shared, "tied": shared, "b": torch.randn(2, 3).T, "bf16": torch.randn(4).bfloat16()},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.95)}]}],
+        "loops": {"none": None, "rate": 0.1 + 0.2, "best": math.inf, "empty": torch.empty(0), "done": True},
+    }
+    SafetensorsIO().save_checkpoint(saved, tmp_path / "step_00000003")
+    assert sorted(file.name for file in (tmp_path / "step_00000003").iterdir()) == ["state.json", "tensors.safetensors"]
+    again = SafetensorsIO().load_checkpoint(tmp_path / "step_00000003")
+    for name, weight in saved["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], weight) and again["state_dict"][name].dtype == weight.dtype
+    assert again["optimizer_states"][0]["state"][0]["step"] == 3
+    assert again["optimizer_states"][0]["param_groups"] == saved["optimizer_states"][0]["param_groups"]
+    assert again["loops"].pop("empty").shape == (0,)
+    saved["loops"].pop("empty")
+    assert again["loops"] == saved["loops"]
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    SafetensorsIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "step_00000001")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(TypeError, match="cannot hold the object at /b"):
+        SafetensorsIO().save_checkpoint({"b": object()}, tmp_path / "step_00000002")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        SafetensorsIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "step_00000002")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert last_checkpoint(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_precision_and_devices_say_what_they_take():
+    assert choose_precision("32-true", "cpu") == "32-true"
+    assert choose_precision("auto", "cpu") in ("bf16-mixed", "32-true")
+    assert choose_precision("auto", "mps") == "32-true"
+    with pytest.raises(ValueError, match=r"trainer.precision must be one of auto, bf16-mixed, 32-true, got '16-mixed'"):
+        choose_precision("16-mixed", "gpu")
+    assert [world_size(2), world_size([0, 3])] == [2, 2]
+    with pytest.raises(ValueError, match=r"trainer.devices must be a number .* got 'auto'"):
+        world_size("auto")
