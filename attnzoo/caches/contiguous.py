@@ -104,7 +104,7 @@ class ContiguousCache(Cache):
 
     def reorder(self, indices: Tensor) -> None:
         if indices.shape != (self.batch_size,):
-            raise ValueError(f"indices has shape {tuple(indices.shape)}; it must be ({self.batch_size},)")
+            raise ValueError(f"indices has shape {list(indices.shape)}; it must be [{self.batch_size}]")
         self._check_indices(indices)
         for live in self.view():
             live.copy_(live.index_select(0, indices))
@@ -172,7 +172,7 @@ class ContiguousCache(Cache):
     def _check_indices(self, indices: Tensor) -> None:
         if indices.dim() != 1 or len(indices) == 0 or indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"indices is {indices.dtype} of shape {tuple(indices.shape)}; it must be row numbers, int64 or int32"
+                f"indices is {indices.dtype} of shape {list(indices.shape)}; it must be row numbers, int64 or int32"
             )
         if indices.device.type == "cpu" and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch_size:
             raise ValueError(f"indices is {indices.tolist()}; each must be from 0 to {self.batch_size - 1}")

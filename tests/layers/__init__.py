@@ -1,0 +1,1 @@
+"""Tests of layers, and the naive layer that they are held to."""
