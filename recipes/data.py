@@ -24,7 +24,7 @@ class TextDataModule(LightningDataModule):
 
     A batch is a dictionary of input_ids, labels and position_ids, int64 [1, T], and cu_seqlens, int32 [N + 1]; labels
     are the input ids with -100 at the first token of each document's piece, so that nothing is predicted across a
-    boundary. T is batch_size * seq_len, less at the end of an epoch. Every token of the training text comes once an epoch.
+    boundary. T is batch_size * seq_len, less at the end of an epoch. Every training token comes once an epoch.
 
     Args:
         config: the data group.
@@ -82,7 +82,7 @@ class TextDataModule(LightningDataModule):
         return self._tokens_per_epoch
 
     def train_loader(self, *, rank: int = 0, world_size: int = 1) -> TrainLoader | StreamLoader:
-        """A rank's training batches, with state_dict and load_state_dict; an epoch of them, or endless when streaming."""
+        """A rank's training batches, with state_dict and load_state_dict: an epoch, or endless when streaming."""
         self.setup()
         assert self._train is not None
         return self._train(rank, world_size)

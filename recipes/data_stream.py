@@ -29,7 +29,8 @@ class StreamLoader:
     """Endless batches of rows from a stream that starts again when it ends.
 
     `shuffle_rows` rows are read ahead and given in shuffled order; from the second epoch on `datasets` also shuffles
-    the order of the files. Every rank reads the whole stream and keeps its share of the rows, so a state fits every rank.
+    the order of the files. Every rank reads the whole stream and keeps its share of the rows, so that a state fits
+    every rank.
 
     Args:
         documents: the stream.
