@@ -2,11 +2,12 @@
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnzoo.hf.attention import attnzoo_attention, masked_attention
+from attnzoo.hf.attention import attnzoo_attention
 from attnzoo.hf.masks import attnzoo_mask
+from attnzoo.hf.swap import swap
 
 # Both, always: without a mask function transformers passes no mask at all, and padding would be attended to.
 AttentionInterface.register("attnzoo", attnzoo_attention)
 AttentionMaskInterface.register("attnzoo", attnzoo_mask)
 
-__all__ = ["attnzoo_attention", "attnzoo_mask", "masked_attention"]
+__all__ = ["attnzoo_attention", "attnzoo_mask", "swap"]

@@ -67,14 +67,7 @@ def attnzoo_attention(
         ValueError: for a mask of another form, for boundaries together with a mask, and for arguments that would
             change the result and are not supported.
     """
-    for name, meaning in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f'attn_implementation="attnzoo" does not support {name}, {meaning}, which '
-                f'{type(module).__name__} passes; use attn_implementation="eager" or "sdpa" for this model'
-            )
-    if kwargs.get("output_attentions"):
-        logger.warning_once('attn_implementation="attnzoo" returns no attention weights; use "eager" to see them')
+    refuse_unsupported(module, kwargs)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     if query.shape[0] == 1 != key.shape[0]:  # learned queries
@@ -93,6 +86,18 @@ def attnzoo_attention(
         dropout_p=dropout if module.training else 0.0,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for an argument that would change what `module` computes and cannot be honoured."""
+    for name, meaning in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'attn_implementation="attnzoo" does not support {name}, {meaning}, which '
+                f'{type(module).__name__} passes; use attn_implementation="eager" or "sdpa" for this model'
+            )
+    if kwargs.get("output_attentions"):
+        logger.warning_once('attn_implementation="attnzoo" returns no attention weights; use "eager" to see them')
 
 
 def masked_attention(
