@@ -15,7 +15,7 @@ def naive_layer(
     context: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """What `layer` gives for one sequence `x [S, dim]` with keys from `context [Sc, dim]`, if there is one. No cache."""
+    """What `layer` gives for one sequence `x [S, dim]`, with keys from `context [Sc, dim]` if there is one."""
     source = x if context is None else context
     size, group = layer.head_dim, layer.num_heads // layer.num_kv_heads
     q, k, v = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_packed_documents_are_a_loop_over_documents_whatever_stands_after_them(m
     bounds = [0, 4, 4, 5, 9]
     packed, loop = x.clone().requires_grad_(), x.clone().requires_grad_()
     out = layer(packed, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-    each = torch.cat([layer(loop[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a], dim=1)
+    each = torch.cat([layer(loop[:, a:b]) for a, b in pairwise(bounds) if b > a], dim=1)
     close(out[:, :9], each)
     assert out[:, 9:].isfinite().all()
 
@@ -207,7 +208,7 @@ def test_autocast_runs_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_outputs_are_those_of_transformers_for_the_same_weights(family: str) -> None:
-    sizes = dict(hidden_size=DIM, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=8)
+    sizes = {"hidden_size": DIM, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": 8}
     torch.manual_seed(0)
     if family == "llama":
         config = LlamaConfig(**sizes, attention_bias=True, attn_implementation="sdpa")

@@ -100,19 +100,19 @@ def _masked(call: Call) -> Tensor:
         visible = _rows_of_groups(visible | ~sees, k_heads, call.group, q_len, k_len)
     q = call.q.reshape(batch, k_heads, call.group * q_len, dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=call.dropout_p, scale=call.scale)
-    out = out.reshape(batch, q_heads, q_len, -1)
+    out = out.reshape(batch, q_heads, q_len, dim)
     return out if sees is None else out.masked_fill(~sees, 0)
 
 
 def _rows_of_groups(visible: Tensor, k_heads: int, group: int, q_len: int, k_len: int) -> Tensor:
     """A mask `[1|B, 1|Hq, 1|Sq, Sk]` for queries laid out as `[B, Hk, G * Sq]`."""
-    batch, heads, rows, _ = visible.shape
+    batch, heads, rows, columns = visible.shape
     if rows == 1 and heads == 1:
         return visible.expand(batch, 1, 1, k_len)
     if group == 1:
         return visible
-    grouped = visible.reshape(batch, *((1, 1) if heads == 1 else (k_heads, group)), rows, -1)
-    return grouped.expand(-1, -1, group, q_len, k_len).reshape(batch, -1, group * q_len, k_len)
+    grouped = visible.reshape(batch, *((1, 1) if heads == 1 else (k_heads, group)), rows, columns)
+    return grouped.expand(-1, -1, group, q_len, k_len).reshape(batch, grouped.shape[1], group * q_len, k_len)
 
 
 def _packed(call: Call) -> Tensor:
