@@ -53,12 +53,14 @@ class Family(ABC):
     """One storage of attention weights; `split` and `join` are exact inverses.
 
     Names are those of a stock transformers class: `base` is the path of the base model inside the *ForCausalLM,
-    `attention` the path of a layer's attention inside the base model, `required` and `optional` the tensors in there.
+    `attention` the path of a layer's attention inside the base model, `required` and `optional` the tensors in there,
+    `outside` tensors that every base model has outside its layers.
     """
 
     model_type: str
     base: str = "model."
     attention: str = "layers.{layer}.self_attn"
+    outside: tuple[str, ...] = ("embed_tokens.weight", "norm.weight")
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     # Not weights: tables that old checkpoints store beside them. They are carried over as they are.

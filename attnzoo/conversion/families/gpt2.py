@@ -29,6 +29,7 @@ class GPT2(Family):
     model_type = "gpt2"
     base = "transformer."
     attention = "h.{layer}.attn"
+    outside = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
     required = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
     buffers = ("bias", "masked_bias")
 

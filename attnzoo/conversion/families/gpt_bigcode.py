@@ -14,6 +14,7 @@ class GPTBigCode(Family):
     model_type = "gpt_bigcode"
     base = "transformer."
     attention = "h.{layer}.attn"
+    outside = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
     required = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
     buffers = ("bias", "masked_bias")
 
@@ -50,6 +51,7 @@ class GPTBigCode(Family):
                 f"GPTBigCode holds one KV head or as many as query heads, not num_kv_heads={num_kv_heads}; "
                 "attnzoo.swap holds it in memory"
             )
+        config.pop("num_key_value_heads", None)  # the class derives it, and a stored one would win over that
         return config | {"multi_query": True}
 
 

@@ -13,6 +13,7 @@ class GPTNeoX(Family):
     model_type = "gpt_neox"
     base = "gpt_neox."
     attention = "layers.{layer}.attention"
+    outside = ("embed_in.weight", "final_layer_norm.weight", "final_layer_norm.bias")
     required = ("query_key_value.weight", "dense.weight")
     optional = ("query_key_value.bias", "dense.bias")
     buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")

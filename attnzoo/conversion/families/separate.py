@@ -26,10 +26,12 @@ class Separate(Family):
         norms: bool = False,
         window: Window | None = None,
         output: str = "o_proj",
+        final_norm: str = "norm.weight",
     ) -> None:
         self.model_type = model_type
         self.output = output
         self._kv_heads, self._head_dim, self._window = kv_heads, head_dim, window
+        self.outside = ("embed_tokens.weight", final_norm)
         layers = ("q_proj", "k_proj", "v_proj", output)
         self.norms = ("q_norm.weight", "k_norm.weight") if norms else ()
         self.required = (*(f"{layer}.weight" for layer in layers), *self.norms)
@@ -99,5 +101,5 @@ FAMILIES = (
     Separate("gemma", kv_heads=16, head_dim=256),
     Separate("gemma2", kv_heads=4, head_dim=256, window="layer_types"),
     Separate("gemma3_text", kv_heads=4, head_dim=256, norms=True, window="bound_to_rope"),
-    Separate("phi", output="dense"),
+    Separate("phi", output="dense", final_norm="final_layernorm.weight"),
 )

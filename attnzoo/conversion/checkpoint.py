@@ -1,0 +1,171 @@
+"""A checkpoint folder to a checkpoint folder, a layer at a time: the model is never loaded."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from attnzoo.conversion.errors import ConversionError
+from attnzoo.conversion.folders import check_free, whole_folder
+from attnzoo.conversion.merge import check_method
+from attnzoo.conversion.plan import Plan, make_plan
+from attnzoo.conversion.shards import GGUF, INDEX, Shard, ShardWriter, gguf_message, read_json, read_shards
+from attnzoo.specs import Spec
+
+# Tokenizers, chat templates, generation and preprocessor configs, licences: what is not weights and not about them.
+_CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
+_LICENCES = ("license", "licence", "notice", "use_policy")
+_LEFT = {"config.json", "trainer_state.json", "adapter_config.json"}
+_TEMPLATES = "additional_chat_templates"
+
+
+def convert_checkpoint(
+    source: str | Path,
+    spec: Spec | Sequence[Spec],
+    out: str | Path,
+    *,
+    method: str = "mean",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Convert the checkpoint folder `source` to fewer KV heads (arXiv 2305.13245) and write it as the folder `out`.
+
+    The result is a checkpoint that stock transformers loads: of the same family, or GPTBigCode for GPT-2 with one KV
+    head. Dtypes, biases, tied embeddings, sharding, tokenizer files, chat templates, the generation config and licence
+    files are carried over; config.json says under "attnzoo" where the weights came from. Code in the folder is not: the
+    result is for the stock class. Memory holds one layer's attention or one other tensor at a time.
+
+    `out` appears whole or not at all, also when the process is killed; see `whole_folder`.
+
+    Args:
+        source: folder with config.json and safetensors, single or sharded with an index.
+        spec: a GQA, or a list of equal ones, one a layer.
+        out: a folder that does not exist yet.
+        method: `mean`, `first` or `random`.
+        seed: what `random` draws from.
+        overwrite: replace an existing checkpoint folder, once the new one is complete.
+
+    Returns:
+        The resolved path of `out`.
+
+    Raises:
+        ConversionError: anything wrong with the checkpoint, the request, or the space on the disk; nothing is written.
+            UnknownFamily and Refusal are two kinds of it.
+    """
+    check_method(method)
+    folder = _source(source)
+    out = check_free(out, overwrite=overwrite)
+    if out == folder or out in folder.parents:
+        raise ConversionError(f"out {out} is or contains the source {folder}; choose another folder")
+    config = read_json(folder / "config.json")
+    shards, index = read_shards(folder)
+    plan = make_plan(folder, config, shards, spec)
+    files = _files(folder)
+    headers = sum(200 * len(shard.entries) + 4096 for shard in plan.shards)
+    size = sum(shard.nbytes for shard in plan.shards) + headers + sum(path.stat().st_size for path in files)
+    with whole_folder(out, overwrite=overwrite, size=size) as new:
+        where = {name: folder / shard.name for shard in shards for name in shard.entries}
+        for shard in plan.shards:
+            _write_shard(plan, shard, where, new, method, seed)
+        if index is not None:
+            _write_json(new / INDEX, _new_index(index, shards, plan.shards))
+        _write_json(new / "config.json", _new_config(plan, config, folder, method, seed))
+        for path in files:
+            target = new / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    return out
+
+
+def _source(source: str | Path) -> Path:
+    path = Path(source).expanduser().resolve()
+    if path.suffix == GGUF and path.is_file():
+        raise ConversionError(gguf_message(path))
+    if not path.is_dir():
+        raise ConversionError(f"source {source} is not a folder; it must be a checkpoint folder with a config.json")
+    return path
+
+
+def _files(folder: Path) -> list[Path]:
+    def carried(path: Path) -> bool:
+        name = path.name.lower()
+        known = path.suffix in _CARRIED and name not in _LEFT and not name.endswith(".index.json")
+        return path.is_file() and (known or name.startswith(_LICENCES))
+
+    templates = folder / _TEMPLATES
+    return sorted(filter(carried, [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]))
+
+
+def _write_shard(plan: Plan, shard: Shard, where: dict[str, Path], new: Path, method: str, seed: int) -> None:
+    with ShardWriter(new, shard) as writer:
+        done = set()
+        for layer in plan.layers:
+            if not any(name in shard.entries for name in layer.weights.values()):
+                continue
+            # A layer whose weights lie in two shards is worked out twice, which costs less than keeping it.
+            tensors = {inner: _read(where[name], name) for inner, name in layer.weights.items()}
+            for name, tensor in plan.convert(layer, tensors, method, seed).items():
+                if name in shard.entries:
+                    writer.write(name, tensor)
+                    done.add(name)
+        for name in shard.entries.keys() - done:
+            # What is left in the attention are masks and frequency tables, where -inf has a meaning.
+            tensor = _read(where[name], name, finite=plan.family.locate(name) is None)
+            carried = plan.family.carry(name, tensor, plan.holder)
+            assert carried is not None  # the plan has left out the others
+            writer.write(name, carried)
+
+
+def _read(path: Path, name: str, *, finite: bool = True) -> Tensor:
+    # Opened anew for every tensor: an open file would keep in memory whatever was read from it before.
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name)
+    checkable = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel()
+    # The bounds pass NaN on, and need no copy, unlike isfinite of the whole.
+    if finite and checkable and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        raise ConversionError(f"tensor {name} of {path} holds NaN or infinity")
+    return tensor
+
+
+def _new_index(index: dict[str, Any], old: list[Shard], new: list[Shard]) -> dict[str, Any]:
+    metadata = dict(index.get("metadata") or {})
+    metadata["total_size"] = sum(shard.nbytes for shard in new)
+    # It may count more than the files hold, so only the change is known.
+    # It may count more than the files hold, so only the change is known.
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += _numel(new) - _numel(old)
+    weight_map = {name: shard.name for shard in new for name in shard.entries}
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _numel(shards: list[Shard]) -> int:
+    return sum(entry.numel for shard in shards for entry in shard.entries.values())
+
+
+def _new_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, seed: int) -> dict[str, Any]:
+    config = dict(plan.config)
+    if code := config.pop("auto_map", None):
+        warnings.warn(
+            f"{folder} comes with model code of its own ({', '.join(sorted(code))}); it is left behind, and the "
+            f"result is for the {plan.holder.model_type} class of transformers",
+            stacklevel=3,
+        )
+    record = {
+        "spec": plan.spec.to_dict(),
+        "method": method,
+        "seed": seed,
+        "source": old.get("_name_or_path") or folder.name,
+    }
+    if "attnzoo" in old:
+        record["before"] = old["attnzoo"]
+    return {**config, "attnzoo": record}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
