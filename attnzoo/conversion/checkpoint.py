@@ -75,7 +75,7 @@ def convert_checkpoint(
             _write_shard(plan, shard, where, new, method, seed)
         if index is not None:
             _write_json(new / INDEX, _new_index(index, shards, plan.shards))
-        _write_json(new / "config.json", _new_config(plan, config, folder, method, seed))
+        _write_json(new / "config.json", recorded_config(plan, config, folder, method, seed))
         for path in files:
             target = new / path.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
@@ -148,7 +148,8 @@ def _numel(shards: list[Shard]) -> int:
     return sum(entry.numel for shard in shards for entry in shard.entries.values())
 
 
-def _new_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, seed: int) -> dict[str, Any]:
+def recorded_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, seed: int) -> dict[str, Any]:
+    """The plan's config.json with the record, under "attnzoo", of where the weights came from; `old` is the source's."""
     config = dict(plan.config)
     if code := config.pop("auto_map", None):
         warnings.warn(

@@ -26,6 +26,8 @@ def gpt2_geometry(config: Config, kv_heads: int | None = None) -> Geometry:
 
 
 class GPT2(Family):
+    """`c_attn` and `c_proj`, stored `[in, out]`; always biases."""
+
     model_type = "gpt2"
     base = "transformer."
     attention = "h.{layer}.attn"

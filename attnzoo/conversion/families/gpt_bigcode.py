@@ -11,6 +11,8 @@ from attnzoo.conversion.families.gpt2 import gpt2_geometry
 
 
 class GPTBigCode(Family):
+    """`c_attn` and `c_proj`, stored `[out, in]`; always biases."""
+
     model_type = "gpt_bigcode"
     base = "transformer."
     attention = "h.{layer}.attn"

@@ -10,6 +10,8 @@ from attnzoo.conversion.families.base import Config, Family, Geometry, Projectio
 
 
 class GPTNeoX(Family):
+    """`query_key_value` and `dense`, `[out, in]`; both with biases or both without."""
+
     model_type = "gpt_neox"
     base = "gpt_neox."
     attention = "layers.{layer}.attention"

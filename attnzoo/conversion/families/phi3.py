@@ -9,6 +9,8 @@ from attnzoo.conversion.families.base import Config, Family, Geometry, Projectio
 
 
 class Phi3(Family):
+    """`qkv_proj` and `o_proj`, `[out, in]`; no biases."""
+
     model_type = "phi3"
     required = ("qkv_proj.weight", "o_proj.weight")
 
