@@ -82,8 +82,6 @@ class ContiguousCache(Cache):
         self._check_new(k, v)
         new = k.shape[2]
         counts = None if lengths is None else host_lengths(lengths, self.batch_size, new)
-        if counts is not None and min(counts) == new:
-            counts = None
         if counts is None:
             self._check_room(self.length + new, new)
             self._write_all(k.detach(), v.detach())

@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 import attnzoo
 from attnzoo.layers import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention, RotaryEmbedding
+from attnzoo.layers.inputs import packed_positions
 from attnzoo.masks import Causal, Full, SlidingWindow
 from tests.layers.naive import naive_layer
 
@@ -126,6 +127,12 @@ def test_packed_documents_are_a_loop_over_documents_whatever_stands_after_them(m
     theirs = torch.autograd.grad((each * weights).sum(), [loop, *parameters])
     for mine, other in zip(ours, theirs, strict=True):
         close(mine, other)
+
+
+def test_positions_of_packed_documents_start_anew() -> None:
+    places, lengths = packed_positions(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5)
+    assert places.tolist() == [0, 1, 0, 1, 2]
+    assert lengths.tolist() == [2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("mask", [Causal(), None, SlidingWindow(2)], ids=str)

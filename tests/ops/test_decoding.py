@@ -96,11 +96,12 @@ def test_decode_is_the_textbook_for_rows_of_any_lengths(
 
 @pytest.mark.parametrize("counts", [[9, 9], [9, 4], [9, 2], [20, 1]])
 @pytest.mark.parametrize("q_len", [1, 3, 18])
-def test_queries_stand_at_the_end_of_their_rows_unless_told(counts: list[int], q_len: int) -> None:
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3)], ids=str)
+def test_queries_stand_at_the_end_of_their_rows_unless_told(counts: list[int], q_len: int, mask: Any) -> None:
     cache, q = rows(counts), torch.randn(2, 4, q_len, 4, dtype=torch.float64)
     starts = [count - q_len for count in counts]
-    expected = decode_reference(q, cache.k, cache.v, counts, starts, mask=Causal(), scale=0.5)
-    torch.testing.assert_close(decode(q, cache, mask=Causal()), expected, rtol=0, atol=1e-12)
+    expected = decode_reference(q, cache.k, cache.v, counts, starts, mask=mask, scale=0.5)
+    torch.testing.assert_close(decode(q, cache, mask=mask), expected, rtol=0, atol=1e-12)
 
 
 def test_queries_that_see_no_key_give_zero() -> None:
