@@ -3,6 +3,7 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnzoo.hf.attention import attnzoo_attention
+from attnzoo.hf.convert import convert
 from attnzoo.hf.masks import attnzoo_mask
 from attnzoo.hf.swap import swap
 
@@ -10,4 +11,4 @@ from attnzoo.hf.swap import swap
 AttentionInterface.register("attnzoo", attnzoo_attention)
 AttentionMaskInterface.register("attnzoo", attnzoo_mask)
 
-__all__ = ["attnzoo_attention", "attnzoo_mask", "swap"]
+__all__ = ["attnzoo_attention", "attnzoo_mask", "convert", "swap"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnzoo.conversion import Refusal, UnknownFamily, merge_heads
 from attnzoo.conversion.families import Family, Geometry, family_for
@@ -47,7 +47,8 @@ def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:
             changed then.
     """
     family, paths = _family(model)
-    config: dict[str, Any] = model.config.to_dict()
+    live: PreTrainedConfig = model.config  # type: ignore[assignment]
+    config = live.to_dict()
     geometry = family.geometry(config)
     specs = _one_a_layer(spec, geometry.num_layers)
     old = [model.get_submodule(paths(layer)) for layer in range(geometry.num_layers)]
@@ -63,10 +64,10 @@ def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:
         setattr(model.get_submodule(path), name, layer)
     for key, value in plan.config.items():
         if key not in config or config[key] != value:
-            setattr(model.config, key, value)
+            setattr(live, key, value)
     for module in model.modules():
         if hasattr(module, "has_sliding_layers"):  # Qwen's, worked out when the model was made
-            module.has_sliding_layers = "sliding_attention" in model.config.layer_types  # type: ignore[union-attr,operator]
+            setattr(module, "has_sliding_layers", "sliding_attention" in live.layer_types)  # noqa: B010
     model.set_attn_implementation("attnzoo")  # type: ignore[operator]
     if plan.refusal:
         warnings.warn(

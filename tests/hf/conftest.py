@@ -64,7 +64,7 @@ def build() -> Callable[..., PreTrainedModel]:
         if key not in made:
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **(FAMILIES[model_type] | changes))
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
             with torch.no_grad():  # away from the initialisation's zeros and ones, so that every parameter matters
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
