@@ -20,7 +20,7 @@ from attnzoo.specs import Spec
 
 # Tokenizers, chat templates, generation and preprocessor configs, licences: what is not weights and not about them.
 _CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
-_LICENCES = ("license", "licence", "notice", "use_policy")
+_BY_NAME = ("license", "licence", "notice", "use_policy", "tokenizer")
 _LEFT = {"config.json", "trainer_state.json", "adapter_config.json"}
 _TEMPLATES = "additional_chat_templates"
 
@@ -95,8 +95,8 @@ def _source(source: str | Path) -> Path:
 def _files(folder: Path) -> list[Path]:
     def carried(path: Path) -> bool:
         name = path.name.lower()
-        known = path.suffix in _CARRIED and name not in _LEFT and not name.endswith(".index.json")
-        return path.is_file() and (known or name.startswith(_LICENCES))
+        known = path.suffix in _CARRIED or (name.startswith(_BY_NAME) and path.suffix != ".py")
+        return path.is_file() and known and name not in _LEFT and not name.endswith(".index.json")
 
     templates = folder / _TEMPLATES
     return sorted(filter(carried, [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]))
@@ -149,7 +149,7 @@ def _numel(shards: list[Shard]) -> int:
 
 
 def recorded_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, seed: int) -> dict[str, Any]:
-    """The plan's config.json with the record, under "attnzoo", of where the weights came from; `old` is the source's."""
+    """The plan's config.json with a record, under "attnzoo", of where the weights came from; `old` is the source's."""
     config = dict(plan.config)
     if code := config.pop("auto_map", None):
         warnings.warn(
