@@ -9,8 +9,7 @@ from attnzoo.caches import Cache
 from attnzoo.layers.inputs import check_cache, check_inputs, check_sizes, packed_positions, zero_padding
 from attnzoo.layers.rope import RotaryEmbedding, apply_rotary
 from attnzoo.masks import Causal, Mask
-from attnzoo.ops import attention
-from attnzoo.ops.decoding import decode
+from attnzoo.ops import attention, decode
 
 
 class GroupedQueryAttention(nn.Module):
