@@ -71,9 +71,6 @@ class Checkpoints(Callback):
     """
 
     def __init__(self, folder: Path, *, every_n_steps: int | None = None, every_n_minutes: float | None = None) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
-            if value is not None and value <= 0:
-                raise ValueError(f"checkpoint.{name} must be above 0 or null, got {value}")
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
@@ -107,7 +104,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, step: int) -> None:
         older = list(self.folder.glob("step_*")) if trainer.is_global_zero else []
-        trainer.save_checkpoint(self.folder / f"step_{step:08d}")
+        trainer.save_checkpoint(self.folder / f"step_{step:08d}", weights_only=False)
         for path in older:
             trainer.strategy.remove_checkpoint(path)
         self._saved_at = time.monotonic()

@@ -12,7 +12,7 @@ import hydra
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
 
-import attnzoo
+from attnzoo.conversion import convert_checkpoint
 from attnzoo.specs import Spec, spec_from_dict
 from recipes.models import model_path
 
@@ -47,8 +47,7 @@ def local_folder(model: Mapping[str, Any]) -> Path:
 
 def convert_folder(source: Path, spec: Spec, out: Path, convert: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """Converts the checkpoint in `source` into the folder `out`, by the method and seed of a conf/convert group."""
-    attnzoo.convert(source, spec, method=convert["method"], seed=convert["seed"], out=out, overwrite=overwrite)
-    return out
+    return convert_checkpoint(source, spec, out, method=convert["method"], seed=convert["seed"], overwrite=overwrite)
 
 
 def changes_attention(source: Path, spec: Spec) -> bool:

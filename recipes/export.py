@@ -20,30 +20,26 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     """Writes weights, config, generation config and tokenizer to `folder`, which appears whole or not at all.
 
     Args:
-        model: is cast to `dtype` in place.
+        model: its parameters are cast to `dtype` in place.
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: for another dtype, or when `folder` exists.
+        ValueError: when `folder` exists.
         ExportDiffers: when the folder, read again, holds other weights.
     """
-    check_export_dtype(dtype)
     if folder.exists():
         raise ValueError(f"{folder} exists already; nothing is written over it")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.to(EXPORT_DTYPES[dtype]).save_pretrained(partial)
+        for parameter in model.parameters():  # not model.to, which would round the rotary frequencies too
+            parameter.data = parameter.data.to(EXPORT_DTYPES[dtype])
+        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _require_equal(model, partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_export_dtype(dtype: str) -> None:
-    if dtype not in EXPORT_DTYPES:
-        raise ValueError(f"export_dtype must be one of {', '.join(EXPORT_DTYPES)}, got {dtype!r}")
 
 
 def _require_equal(model: PreTrainedModel, folder: Path) -> None:

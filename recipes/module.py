@@ -63,7 +63,6 @@ class Uptraining(LightningModule):
             warmup=self.optimizer_config.pop("warmup"),
             final=self.optimizer_config.pop("final"),
         )
-        self._factor(0)  # complains about a bad schedule before anything starts
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(self.model, **self.optimizer_config)

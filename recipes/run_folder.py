@@ -50,6 +50,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.uptrained = path / "uptrained"
+        self._record = path / "run.json"
         self._evaluations = path / "evaluations.json"
 
     def start(self, config: DictConfig, *, seeds: Mapping[str, int]) -> None:
@@ -72,10 +73,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.is_file():
             write_whole(self.config, OmegaConf.to_yaml(config))
-        record = self.path / "run.json"
-        sessions = json.loads(record.read_text(encoding="utf-8"))["sessions"] if record.is_file() else []
+        sessions = json.loads(self._record.read_text(encoding="utf-8"))["sessions"] if self._record.is_file() else []
         sessions.append(_session(seeds))
-        write_whole(record, json.dumps({"sessions": sessions}, indent=2))
+        write_whole(self._record, json.dumps({"sessions": sessions}, indent=2))
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
@@ -91,8 +91,9 @@ class RunFolder:
         write_whole(self._evaluations, json.dumps([vars(row) for row in rows.values()], indent=2))
 
     def drop_if_nothing_ran(self) -> None:
-        """Removes the folder that Hydra made for a run that then did not start."""
-        if self.path.is_dir() and all(file.suffix == ".log" for file in self.path.iterdir()):
+        """Removes the folder of a run that gave nothing: it was refused, or stopped before its first result."""
+        records = {self.config.name, self._record.name}
+        if self.path.is_dir() and all(f.suffix == ".log" or f.name in records for f in self.path.iterdir()):
             shutil.rmtree(self.path)
             for parent in self.path.parents:
                 if parent == Path.cwd() or Path.cwd() not in parent.parents or any(parent.iterdir()):

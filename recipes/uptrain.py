@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -15,18 +14,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.check import check_config
 from recipes.checkpointing import Checkpoints, last_checkpoint
 from recipes.convert import changes_attention, convert_folder, local_folder, read_spec
 from recipes.data import TextDataModule
 from recipes.evaluate import evaluate
-from recipes.export import check_export_dtype, export
+from recipes.export import export
 from recipes.length import training_steps
 from recipes.models import load_model, load_tokenizer
 from recipes.module import Uptraining
 from recipes.report import write_report
-from recipes.run_folder import RunFolder
+from recipes.run_folder import RunFolder, git_commit
 from recipes.trainer import (
     build_loggers,
     build_trainer,
@@ -36,7 +36,7 @@ from recipes.trainer import (
     world_size,
 )
 from recipes.validation import Validation
-from recipes.windows import Windows
+from recipes.windows import WindowedData
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +61,60 @@ def main(config: DictConfig) -> None:
 def uptrain(config: DictConfig, run: RunFolder) -> None:
     """Runs the main job in the folder of `run`; what an earlier, interrupted start has finished is not done again."""
     OmegaConf.resolve(config)
+    check_config(config)
     config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
-    check_export_dtype(config.export_dtype)
     seed_everything(config.seed, verbose=False)
-    spec = read_spec(config.attention)
     source = local_folder(config.model)
+    spec = read_spec(config.attention)
+    convert = changes_attention(source, spec)
+    start = run.converted if convert else source
     tokenizer = load_tokenizer(config.model)
+    data = open_data(config, tokenizer, source)
+    steps = count_steps(config)
+    if not is_main_process():  # of the others, which Lightning starts when the model is converted
+        train(config, run, data, start=start, steps=steps)
+        return
+    run.start(config, seeds={"everything": config.seed, "convert": config.convert.seed})
+
+    def judge(name: str, folder: Path) -> None:
+        if name not in run.evaluations:
+            log.info("evaluating the %s model", name)
+            model = load_model({**config.model, "path": str(folder)})
+            device = "cpu" if config.trainer.accelerator == "cpu" else None
+            run.add(evaluate(model, data.val_batches(), name=name, speed=config.speed, device=device))
+
+    if convert and not start.is_dir():
+        log.info("converting %s to %s", source, spec)
+        convert_folder(source, spec, start, config.convert)
+    judge("original", source)
+    if convert:
+        judge("converted", start)
+    log.info("training for %d steps", steps)
+    model, curve = train(config, run, data, start=start, steps=steps)
+    if not run.uptrained.is_dir():
+        export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
+    judge("uptrained", run.uptrained)
+    write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=summary(config, steps, curve))
+    log.info("the uptrained model lies in %s", run.uptrained)
+
+
+def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Path) -> TextDataModule:
+    """The text, tokenised; a tokenizer that does not fit the model and an empty text are refused."""
+    data = TextDataModule(
+        config.data,
+        tokenizer,
+        seq_len=config.batch.seq_len,
+        batch_size=config.batch.size,
+        seed=config.seed,
+        vocab_size=AutoConfig.from_pretrained(source).get_text_config().vocab_size,
+    )
+    data.prepare_data()
+    return data
+
+
+def count_steps(config: DictConfig) -> int:
     batch = config.batch
-    data = TextDataModule(config.data, tokenizer, seq_len=batch.seq_len, batch_size=batch.size, seed=config.seed)
-    steps = training_steps(
+    return training_steps(
         alpha=config.alpha,
         max_steps=config.max_steps,
         max_tokens=config.max_tokens,
@@ -77,37 +122,23 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
         original_steps=config.model.get("original_steps"),
         original_tokens=config.model.get("original_tokens"),
     )
-    data.prepare_data()
-    data.setup("fit")
-    if not is_main_process():  # of the others, that Lightning starts once the model is converted
-        train(config, run, data, start=run.converted if run.converted.is_dir() else source, steps=steps)
-        return
-    run.start(config, seeds={"everything": config.seed, "convert": config.convert.seed})
 
-    def judged(name: str, model: Callable[[], PreTrainedModel]) -> None:
-        if name not in run.evaluations:
-            run.add(evaluate(model(), data.val_batches(), name=name, speed=config.speed))
 
-    def load(folder: Path) -> PreTrainedModel:
-        return load_model({**config.model, "path": str(folder)})
-
-    judged("original", lambda: load(source))
-    start = source
-    if changes_attention(source, spec):
-        start = run.converted
-        if not start.is_dir():
-            log.info("converting %s to %s", source, spec)
-            convert_folder(source, spec, start, config.convert)
-        judged("converted", lambda: load(start))
-
-    log.info("training for %d steps", steps)
-    model, curve = train(config, run, data, start=start, steps=steps)
-    if not run.uptrained.is_dir():
-        export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
-    judged("uptrained", lambda: load(run.uptrained))
-    meta = {"run": config.name, "model": config.model.path, "attention": spec.to_dict(), "steps": steps}
-    write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=meta)
-    log.info("the uptrained model lies in %s", run.uptrained)
+def summary(config: DictConfig, steps: int, curve: list[dict[str, float]]) -> dict[str, object]:
+    """What the report says of the run; config.yaml says the rest."""
+    return {
+        "run": config.name,
+        "model": config.model.path,
+        "attention": OmegaConf.to_container(config.attention),
+        "conversion": config.convert.method,
+        "text": config.data.path,
+        "trained": config.train,
+        "steps": steps,
+        "tokens": curve[-1]["tokens"] if curve else 0,
+        "precision": config.trainer.precision,
+        "seed": config.seed,
+        "code": git_commit(),
+    }
 
 
 def train(
@@ -118,6 +149,8 @@ def train(
     Exits with status 130 when the process was asked to stop, after a checkpoint.
     """
     model = load_model({**config.model, "path": str(start)})
+    if not steps:
+        return model, []
     prepare_for_training(
         model,
         train=config.train,
@@ -144,14 +177,8 @@ def train(
         callbacks=[validation, checkpoints],
         loggers=build_loggers(config.logger, folder=run.logs, first_step=first_step),
     )
-    windows = Windows(
-        data.train_dataloader(),
-        steps=steps,
-        accumulate=config.batch.accumulate,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-    )
-    trainer.fit(module, windows, ckpt_path=resumed)
+    windows = WindowedData(data, steps=steps, accumulate=config.batch.accumulate)
+    trainer.fit(module, datamodule=windows, ckpt_path=resumed)
     if checkpoints.stopped_by is not None and trainer.global_step < steps:
         log.warning("stopped after step %d; resume=%s goes on from there", trainer.global_step, run.path)
         sys.exit(130)

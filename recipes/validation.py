@@ -27,9 +27,6 @@ class Validation(Callback):
     """
 
     def __init__(self, batches: Callable[[], Iterable[Batch]], *, every_n_steps: int, limit: int | None = None) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("batches", limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"validation.{name} must be at least 1, got {value}")
         self.batches = batches
         self.every_n_steps = every_n_steps
         self.limit = limit
@@ -43,7 +40,7 @@ class Validation(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Uptraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == module.total_steps:
-            module.log("val/cross_entropy", self._measure(trainer, module), prog_bar=True)
+            module.log("val/cross_entropy", self._measure(trainer, module), prog_bar=True, logger=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": self.curve}
@@ -67,4 +64,6 @@ class Validation(Callback):
             raise ValueError("the held-out data gives no token to predict")
         value = loss / tokens
         self.curve.append({"step": trainer.global_step, "tokens": module.tokens, "cross_entropy": value})
+        for logger in trainer.loggers:  # not module.log, which would repeat the value at every later step
+            logger.log_metrics({"val/cross_entropy": value}, step=trainer.global_step)
         return value

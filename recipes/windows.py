@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol
 
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
+
+from recipes.data import TextDataModule
 
 
 class StatefulLoader(Protocol):
@@ -36,8 +39,6 @@ class Windows:
     """
 
     def __init__(self, loader: StatefulLoader, *, steps: int, accumulate: int = 1) -> None:
-        if accumulate < 1:
-            raise ValueError(f"batch.accumulate must be at least 1, got {accumulate}")
         self.loader = loader
         self.steps = steps
         self.accumulate = accumulate
@@ -63,3 +64,18 @@ class Windows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.given = state["given"]
         self.loader.load_state_dict(state["loader"])
+
+
+class WindowedData(LightningDataModule):
+    """The training windows of each rank, for `Trainer.fit`: made by then, because only then the ranks are known."""
+
+    def __init__(self, data: TextDataModule, *, steps: int, accumulate: int) -> None:
+        super().__init__()
+        self.data = data
+        self.steps = steps
+        self.accumulate = accumulate
+
+    def train_dataloader(self) -> Windows:
+        assert self.trainer is not None
+        loader = self.data.train_loader(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        return Windows(loader, steps=self.steps, accumulate=self.accumulate)

@@ -1,0 +1,55 @@
+"""Refuses a config of uptraining that cannot run, before anything is written."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.export import EXPORT_DTYPES
+from recipes.optim import SCHEDULES
+
+# The numbers that the recipe itself takes: key, smallest value, whether null is allowed.
+LEAST = (
+    ("batch.size", 1, False),
+    ("batch.seq_len", 2, False),
+    ("batch.accumulate", 1, False),
+    ("validation.every_n_steps", 1, False),
+    ("validation.batches", 1, True),
+    ("checkpoint.every_n_steps", 1, True),
+    ("trainer.log_every_n_steps", 1, False),
+    ("seed", 0, False),
+)
+ABOVE_ZERO = ("checkpoint.every_n_minutes", "trainer.gradient_clip_norm")
+FRACTIONS = ("optimizer.warmup", "optimizer.final")
+CHOICES = {
+    "train": ("all", "attention"),
+    "export_dtype": tuple(EXPORT_DTYPES),
+    "optimizer.schedule": SCHEDULES,
+    "trainer.precision": ("auto", "bf16-mixed", "32-true"),
+}
+
+
+def check_config(config: DictConfig) -> None:
+    """Raises a ValueError that names the key, what came and what is allowed."""
+    for key, allowed in CHOICES.items():
+        _require(config, key, lambda value, allowed=allowed: value in allowed, f"one of {', '.join(allowed)}")
+    for key, least, optional in LEAST:
+        allowed = f"a whole number of at least {least}" + (" or null" if optional else "")
+        _require(config, key, lambda v, m=least, o=optional: (v is None and o) or (_is(v, int) and v >= m), allowed)
+    for key in ABOVE_ZERO:
+        _require(config, key, lambda v: v is None or (_is(v, int, float) and v > 0), "a number above 0 or null")
+    for key in FRACTIONS:
+        _require(config, key, lambda v: _is(v, int, float) and 0 <= v <= 1, "a fraction between 0 and 1")
+    devices = config.trainer.devices
+    if not (_is(devices, int) and devices >= 1) and not (OmegaConf.is_list(devices) and devices):
+        # "auto" would make the tokens of a step depend on the machine
+        raise ValueError(f"trainer.devices must be a number of at least 1 or a list of devices, got {devices!r}")
+
+
+def _require(config: DictConfig, key: str, good, allowed: str) -> None:  # type: ignore[no-untyped-def]
+    value = OmegaConf.select(config, key)
+    if not good(value):
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _is(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -1,0 +1,42 @@
+"""What tests of the recipes share: configs composed as on the command line, and commands run in this process."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from tests.support.tiny_llama import save_text, save_tiny_llama
+
+
+class Tiny:
+    """A tiny model and text in `folder`, and the overrides that train it in an instant."""
+
+    def __init__(self, folder: Path, **model) -> None:
+        self.folder = folder
+        self.model = save_tiny_llama(folder / "model", **model)
+        self.text = save_text(folder / "text")
+        self.overrides = [
+            "experiment=quick",
+            f"model.path={self.model}",
+            "data=text",
+            f"data.path={self.text}",
+            "data.val_fraction=0.2",
+            "trainer=cpu",
+            "trainer.precision=32-true",
+            "trainer.progress_bar=false",
+            "logger=none",
+            "optimizer.lr=0.01",
+        ]
+
+    def config(self, *overrides: str) -> DictConfig:
+        with initialize_config_module("conf", version_base="1.3"):
+            return compose("uptrain", [*self.overrides, *overrides])
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, main, *overrides: str) -> None:
+    """As `attnzoo <command> overrides`, in this process; exceptions come out."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["attnzoo", *overrides])
+    main()
