@@ -200,7 +200,16 @@ def test_what_is_not_weights_comes_along_and_code_does_not(tmp_path):
         "LICENSE",
         "NOTICE",
     ]
-    left = ["README.md", "modeling_own.py", "optimizer.pt", "training_args.bin", "trainer_state.json", "model.onnx"]
+    along.append("tokenizer.model.v3")
+    left = [
+        "README.md",
+        "modeling_own.py",
+        "tokenizer_own.py",
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "model.onnx",
+    ]
     for name in along + left + [".hidden.json.swp", "pytorch_model.bin.index.json"]:
         (source / name).write_bytes(name.encode())
     (source / "additional_chat_templates").mkdir()
