@@ -120,7 +120,7 @@ class TextDataModule(LightningDataModule):
         self._tokens_per_epoch = rows.tokens
         self._held_out = self._limit(Rows(held_out_ids, *held_out, self.seq_len))
         self._train = lambda rank, world_size: TrainLoader(
-            rows, self.batch_size, seed=self.seed, data=store.key, rank=rank, world_size=world_size
+            rows, self.batch_size, seed=self.seed, data=store.content, rank=rank, world_size=world_size
         )
 
     def _limit(self, rows: Rows) -> Rows | list[Pieces]:

@@ -85,21 +85,20 @@ class StreamLoader:
     def _shuffled(self) -> Iterator[tuple[Pieces, tuple[int, Position, int]]]:
         """Rows, each with the block, position and row that come after it."""
         block, position, given = self.block, self.position, self.row
-        rows = self._rows(position)
-        while True:
-            ahead = list(islice(rows, self.shuffle_rows))
+        for ahead in self._blocks(position):
             order = permutation(len(ahead), self.seed, block)
             for count, index in enumerate(order[given:].tolist(), start=given + 1):
                 yield ahead[index][0], (block, position, count)
             block, position, given = block + 1, ahead[-1][1], 0
 
-    def _rows(self, position: Position) -> Iterator[tuple[Pieces, Position]]:
-        """Rows from `position` on, each with the position after it."""
+    def _blocks(self, position: Position) -> Iterator[list[tuple[Pieces, Position]]]:
+        """Up to shuffle_rows rows at a time, all of one epoch, each with the position after it."""
         while True:
             epoch, anything = position["epoch"], position != start_of(position["epoch"])
-            for row, after in self._rows_of_epoch(position):
+            rows = self._rows_of_epoch(position)
+            while ahead := list(islice(rows, self.shuffle_rows)):
                 anything = True
-                yield row, after
+                yield ahead
             if not anything:
                 raise ValueError("the stream of training documents is empty: it has no text, or all of it is held out")
             position = start_of(epoch + 1)

@@ -29,13 +29,16 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.key = folder.name
         self.lengths = np.load(folder / "lengths.npy")
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.digests = np.load(folder / "digests.npy")
-        self.ids = (
-            np.memmap(folder / "ids.bin", dtype=np.int32, mode="r") if len(self.lengths) else np.empty(0, np.int32)
-        )
+        ids = folder / "ids.bin"
+        self.ids = np.memmap(ids, dtype=np.int32, mode="r") if len(self.lengths) else np.empty(0, np.int32)
+
+    @property
+    def content(self) -> str:
+        """A hash of all documents' tokens, the same wherever the text lies."""
+        return hashlib.blake2b(self.digests.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 
 def tokenised(documents: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> TokenStore:

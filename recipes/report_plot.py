@@ -87,7 +87,8 @@ def _bars(axes: Axes, title: str, evaluations: Sequence[Evaluation], values: Seq
     axes.set_xlim(0, max(values) * 1.3 or 1.0)
     axes.set_xticks([])
     for place, value in zip(places, values, strict=True):
-        axes.annotate(_short(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center", color=TEXT)
+        exact = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axes.annotate(exact, (value, place), xytext=(4, 0), textcoords="offset points", va="center", color=TEXT)
     _quiet(axes)
     axes.spines["bottom"].set_visible(False)
 
