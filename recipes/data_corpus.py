@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".txt": "text", ".md": "text", ".rst": "text"} | {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 SUFFIXES |= {".parquet": "parquet"}
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
-BUILDERS = {"text": "text", "jsonl": "json", "parquet": "parquet"}
+READERS = {"text": "from_text", "jsonl": "from_json", "parquet": "from_parquet"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 Documents = Dataset | IterableDataset
@@ -142,13 +142,9 @@ def _open_files(files: list[Path], kind: str, column: str, config: DataConfig, n
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"data.{name}: {where} is empty")
     try:
-        documents = load_dataset(
-            BUILDERS[kind],
-            data_files={"train": [str(file) for file in files]},
-            split="train",
-            streaming=config.streaming,
-            **extra,
-        )
+        # Not load_dataset, which tells the hub of every local file that it opens, and waits where there is no network.
+        read = getattr(IterableDataset if config.streaming else Dataset, READERS[kind])
+        documents = read([str(file) for file in files], **extra)
         return _only(documents, column)
     except ValueError:
         raise

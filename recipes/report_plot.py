@@ -15,6 +15,7 @@ from recipes.evaluate import Evaluation
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TEXT = "#333333"
+HIGHEST = 1e9  # what lies above is drawn there; a logarithmic axis to 1e300 would show nothing
 
 
 def plot(path: Path, evaluations: Sequence[Evaluation], curve: Sequence[Mapping[str, float]]) -> None:
@@ -41,11 +42,12 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
         colour = COLOURS[number % len(COLOURS)]
         if curve and number == last:
             break
-        axes.axhline(one.perplexity, color=colour, linestyle="--", linewidth=1.4)
-        on_left = math.log(one.perplexity) < middle  # the curve falls from the upper left to the lower right
+        height = min(one.perplexity, HIGHEST)
+        axes.axhline(height, color=colour, linestyle="--", linewidth=1.4)
+        on_left = one.cross_entropy < middle  # the curve falls from the upper left to the lower right
         axes.annotate(
             f"{one.name}  {_short(one.perplexity)}",
-            (0.01 if on_left else 0.99, one.perplexity),
+            (0.01 if on_left else 0.99, height),
             xycoords=("axes fraction", "data"),
             xytext=(0, 4),
             textcoords="offset points",
@@ -55,7 +57,7 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
     if curve:
         colour = COLOURS[last % len(COLOURS)]
         tokens = [point["tokens"] for point in curve]
-        values = [math.exp(min(point["cross_entropy"], 700)) for point in curve]
+        values = [min(math.exp(min(point["cross_entropy"], 700)), HIGHEST) for point in curve]
         axes.plot(tokens, values, color=colour, linewidth=2, marker="o", markersize=4)
         axes.annotate(
             f"{evaluations[last].name}  {_short(evaluations[last].perplexity)}",
