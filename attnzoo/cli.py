@@ -98,14 +98,14 @@ def _process_of(module: str, overrides: list[str]) -> Iterator[None]:
 
 
 def _is_of_the_user(error: Exception) -> bool:
-    """Whether the message tells the user all: Hydra's complaints, the system's, and the ValueErrors that we raise."""
+    """Whether the message tells the user all: Hydra's complaints, the system's, and ValueErrors of Hydra's and ours."""
     if isinstance(error, OSError) or _is_hydras(error):
         return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, ValueError) and raised_in.partition(".")[0] in ("attnzoo", "recipes")
+    return isinstance(error, ValueError) and raised_in.partition(".")[0] in ("attnzoo", "recipes", "hydra")
 
 
 def _is_hydras(error: BaseException) -> bool:

@@ -118,8 +118,9 @@ def test_an_interrupt_ends_with_130(recipe: Callable[..., None]) -> None:
         ("heads=2", "attnzoo uptrain: heads must divide 9, got 2"),
         ("haeds=2", "attnzoo uptrain: Could not override 'haeds'"),
         ("heads=[", "attnzoo uptrain: "),
+        ("model=null", "attnzoo uptrain: Config group override must be a string or a list"),
     ],
-    ids=["a value that the recipe refuses", "a key that does not exist", "a syntax error"],
+    ids=["a value that the recipe refuses", "a key that does not exist", "a syntax error", "no choice of a group"],
 )
 def test_errors_under_hydra_show_no_traceback(
     override: str,
@@ -130,7 +131,9 @@ def test_errors_under_hydra_show_no_traceback(
     tmp_path: Path,
 ) -> None:
     hydra = pytest.importorskip("hydra")
-    (tmp_path / "job.yaml").write_text("heads: 3\n")
+    (tmp_path / "job.yaml").write_text("defaults: [{model: small}, _self_]\nheads: 3\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("dim: 8\n")
     monkeypatch.chdir(tmp_path)
 
     def job(config: dict[str, int]) -> None:
