@@ -180,7 +180,7 @@ def _plan(
 
 def _causal(mask: Mask | None, layer: nn.Module) -> Mask | None:
     """A spec's mask, without the later tokens for a layer that must not see them."""
-    if mask is None or isinstance(mask, Causal | SlidingWindow) or not getattr(layer, "is_causal", True):
+    if mask is None or mask.causal or not getattr(layer, "is_causal", True):
         return mask
     return Causal() if isinstance(mask, Full) else mask & Causal()
 

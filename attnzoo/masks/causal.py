@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnzoo.masks.base import Mask
+from attnzoo.masks.base import Mask, Span
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,12 @@ class Causal(Mask):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
-        return j_lo <= i_hi, j_hi <= i_lo
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
+        return j.lo <= i.hi, j.hi <= i.lo
+
+    @property
+    def causal(self) -> bool:
+        return True
 
 
 if __name__ == "__main__":

@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
-from attnzoo.masks.base import Mask
+from attnzoo.masks.base import Mask, Span
 
 
 @dataclass(frozen=True)
-class And(Mask):
+class _Pair(Mask):
+    """What `And` and `Or` share."""
+
+    first: Mask
+    second: Mask
+
+    def __post_init__(self) -> None:
+        heads = {mask.heads for mask in (self.first, self.second)} - {None}
+        if len(heads) > 1:
+            raise ValueError(f"masks combine for the same number of heads, got {sorted(map(str, heads))}")
+        super().__post_init__()
+
+    def cut(self, positions: range) -> list[range]:
+        return [piece for part in self.first.cut(positions) for piece in self.second.cut(part)]
+
+    @property
+    def heads(self) -> int | None:
+        return self.second.heads if self.first.heads is None else self.first.heads
+
+    def head(self, number: int) -> Self:
+        return self if self.heads is None else type(self)(self.first.head(number), self.second.head(number))
+
+
+@dataclass(frozen=True)
+class And(_Pair):
     """Sees what both masks see."""
 
     pattern: ClassVar[str] = "and"
 
-    first: Mask
-    second: Mask
-
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return self.first.visible(i, j) & self.second.visible(i, j)
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
-        any_1, all_1 = self.first.tiles(i_lo, i_hi, j_lo, j_hi)
-        any_2, all_2 = self.second.tiles(i_lo, i_hi, j_lo, j_hi)
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
+        any_1, all_1 = self.first.tiles(i, j)
+        any_2, all_2 = self.second.tiles(i, j)
         return any_1 & any_2, all_1 & all_2
+
+    @property
+    def causal(self) -> bool:
+        return self.first.causal or self.second.causal
+
+    def __str__(self) -> str:
+        return " & ".join(f"({part})" if isinstance(part, Or) else str(part) for part in (self.first, self.second))
 
 
 @dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """Sees what either mask sees."""
 
     pattern: ClassVar[str] = "or"
 
-    first: Mask
-    second: Mask
-
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return self.first.visible(i, j) | self.second.visible(i, j)
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
-        any_1, all_1 = self.first.tiles(i_lo, i_hi, j_lo, j_hi)
-        any_2, all_2 = self.second.tiles(i_lo, i_hi, j_lo, j_hi)
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
+        any_1, all_1 = self.first.tiles(i, j)
+        any_2, all_2 = self.second.tiles(i, j)
         return any_1 | any_2, all_1 | all_2
+
+    @property
+    def causal(self) -> bool:
+        return self.first.causal and self.second.causal
+
+    def __str__(self) -> str:
+        return f"{self.first} | {self.second}"

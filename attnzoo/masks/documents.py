@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.masks.base import Mask
+from attnzoo.masks.base import Mask, Span
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Documents(Mask):
         query, key = self._document(i), self._document(j)
         return (query == key) & (query >= 0)
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
         # Document numbers rise along a tile, so overlap is an overlap of intervals; positions outside are clamped in,
         # which can only claim too much.
         last = self.cu_seqlens[-1] - 1
-        inside = (i_hi >= 0) & (i_lo <= last) & (j_lo <= last)
-        q_first, q_last, k_first, k_last = (self._document(p.clamp(0, max(last, 0))) for p in (i_lo, i_hi, j_lo, j_hi))
+        inside = (i.hi >= 0) & (i.lo <= last) & (j.lo <= last)
+        q_first, q_last, k_first, k_last = (self._document(p.clamp(0, max(last, 0))) for p in (i.lo, i.hi, j.lo, j.hi))
         anything = inside & (q_first <= k_last) & (k_first <= q_last)
-        whole = (i_lo >= 0) & (i_hi <= last) & (j_hi <= last)
+        whole = (i.lo >= 0) & (i.hi <= last) & (j.hi <= last)
         everything = whole & (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
         return anything, everything
 

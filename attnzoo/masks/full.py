@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.masks.base import Mask
+from attnzoo.masks.base import Mask, Span
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Full(Mask):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=j.device)
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
-        every = self.visible(i_lo, j_lo)
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
+        every = self.visible(i.lo, j.lo)
         return every, every
 
 

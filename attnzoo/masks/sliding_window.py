@@ -1,4 +1,4 @@
-"""Each query sees the last `window` keys, its own among them (arXiv 2004.05150 and, in Mistral, 2310.06825)."""
+"""Each query sees the last `window` keys, its own among them (Longformer, arXiv 2004.05150; Mistral, 2310.06825)."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnzoo.masks.base import Mask
+from attnzoo.masks.base import Mask, Span, check_integer
+from attnzoo.masks.cutting import chop
 
 
 @dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """Query i sees key j iff 0 <= i - j < window.
+    """Query i sees key j iff -ahead <= i - j < window.
 
-    window 2:
-    1 0 0 0
-    1 1 0 0
-    0 1 1 0
-    0 0 1 1
+    window 2:    window 2, ahead 1:
+    1 0 0 0      1 1 0 0
+    1 1 0 0      1 1 1 0
+    0 1 1 0      0 1 1 1
+    0 0 1 1      0 0 1 1
 
     Args:
-        window: keys that a query sees, in tokens, itself included; at least 1.
+        window: keys that a query sees up to its own, itself included, in tokens; at least 1.
+        ahead: keys that it sees after its own; 0: causal.
     """
 
     pattern: ClassVar[str] = "sliding_window"
 
     window: int
+    ahead: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"window must be an integer of at least 1, got {self.window!r}")
+        check_integer("window", self.window, 1)
+        check_integer("ahead", self.ahead, 0)
         super().__post_init__()
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < self.window)
+        return (j <= i + self.ahead) & (i - j < self.window)
 
-    def tiles(self, i_lo: Tensor, i_hi: Tensor, j_lo: Tensor, j_hi: Tensor) -> tuple[Tensor, Tensor]:
-        # Over a tile, i - j runs from i_lo - j_hi to i_hi - j_lo.
-        anything = (j_lo <= i_hi) & (i_lo - j_hi < self.window)
-        everything = (j_hi <= i_lo) & (i_hi - j_lo < self.window)
+    def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
+        # Over a tile, i - j runs from i.lo - j.hi to i.hi - j.lo.
+        anything = (j.lo <= i.hi + self.ahead) & (i.lo - j.hi < self.window)
+        everything = (j.hi <= i.lo + self.ahead) & (i.hi - j.lo < self.window)
         return anything, everything
+
+    def cut(self, positions: range) -> list[range]:
+        return chop(positions, max(32, self.window + self.ahead))  # smaller rows cost more time than they save
+
+    @property
+    def causal(self) -> bool:
+        return self.ahead == 0
 
 
 if __name__ == "__main__":

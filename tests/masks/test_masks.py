@@ -104,7 +104,10 @@ def test_drawing_saves_a_picture(tmp_path) -> None:
         (lambda: Documents([0, 4, 3]), "cu_seqlens must be"),
         (lambda: Documents(torch.tensor(3)), "cu_seqlens must be"),
         (lambda: mask_from_dict({"pattern": "diagonal"}), "pattern must be one of"),
-        (lambda: mask_from_dict({"pattern": "sliding_window", "size": 3}), r"takes \['window'\], got \['size'\]"),
+        (
+            lambda: mask_from_dict({"pattern": "sliding_window", "size": 3}),
+            r"takes \['ahead', 'window'\], got \['size'\]",
+        ),
         (lambda: Causal().block_map(4, 4, 0, 4), "block_q and block_k must be at least 1"),
     ],
 )

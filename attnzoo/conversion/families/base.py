@@ -102,7 +102,8 @@ class Family(ABC):
 
     def with_mask(self, config: Config, mask: Mask) -> Config:
         """A new config of the same family whose every layer has `mask`; raises Refusal where the class has none."""
-        if config.get("use_bidirectional_attention") or type(mask) not in (Causal, SlidingWindow):
+        stock = type(mask) in (Causal, SlidingWindow) and mask.causal
+        if config.get("use_bidirectional_attention") or not stock:
             raise Refusal(f"no stock {self.model_type} config holds mask={mask!r}; attnzoo.swap holds it in memory")
         window = mask.window if isinstance(mask, SlidingWindow) else None
         return self._hold_window(copy.deepcopy(config), window)

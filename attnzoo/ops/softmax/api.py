@@ -166,7 +166,7 @@ def _call(
 
 def _plain(mask: Mask | Tensor, q_len: int, k_len: int, packed: bool) -> Mask | Tensor:
     """The simplest mask that shows the same, so that the fastest kernel takes it."""
-    if isinstance(mask, SlidingWindow) and mask.window >= k_len:
+    if isinstance(mask, SlidingWindow) and mask.causal and mask.window >= k_len:
         mask = Causal()
     if isinstance(mask, Causal) and q_len == 1 and not packed:
         return Full()
@@ -202,6 +202,8 @@ def _checked_mask(mask: Mask | Tensor | None, q: Tensor, k: Tensor, packed: bool
     if mask is None:
         return Full()
     if isinstance(mask, Mask):
+        if mask.heads not in (None, q.shape[1]):
+            raise ValueError(f"mask must be made for the {q.shape[1]} query heads of q, got one for {mask.heads}")
         return mask
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

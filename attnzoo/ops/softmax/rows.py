@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo.masks import Mask, Tile
+from attnzoo.masks.cutting import chop
 from attnzoo.ops.softmax.common import accumulation_dtype, mask_from_text
 
-BLOCK = 128  # rows and columns of a tile
+BLOCK = 128  # rows and columns of a tile, at most
 SCORES = 1 << 24  # scores held at once, unless those of one head's row of tiles are more
+TILES = 1 << 18  # tiles of the mask judged at once
 
 
 class Row(NamedTuple):
-    """One row of tiles: some queries, the keys that any of them may see, for some heads."""
+    """One row of tiles: some queries, the keys that any of them may see, for some heads.
 
-    b: slice
+    Positions in the document are indices plus `q_shift` and `k_shift`.
+    """
+
     heads: slice  # key/value heads
     q_heads: slice
-    queries: slice
-    keys: list[slice]  # runs of keys, ascending
-    first_query: int  # the position of the first query, and of each run's first key, in their document
-    first_keys: list[int]
-    whole: bool  # no tile of the row needs the mask's elements
+    queries: slice  # with a step where the mask joins distant queries
+    keys: list[slice]  # runs of keys, likewise
+    q_shift: int
+    k_shift: int
+    mask: Mask | None  # None: no tile of the row needs the mask's elements
     number: int  # counts the rows, so that dropout can be replayed
+
+    @property
+    def group(self) -> int:
+        """Query heads here for each key/value head."""
+        return (self.q_heads.stop - self.q_heads.start) // (self.heads.stop - self.heads.start)
 
 
 class Loaded(NamedTuple):
@@ -63,15 +73,16 @@ class Inputs(NamedTuple):
 
     @property
     def group(self) -> int:
+        """Query heads that share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
     def load(self, row: Row) -> Loaded:
         """Read one row of tiles and compute its scores."""
         dtype = accumulation_dtype(self.q.dtype)
-        q = self.q[row.b, row.q_heads, row.queries].to(dtype)
-        shape = (self.group, q.shape[2])
-        q = q.unflatten(1, (-1, self.group)).flatten(2, 3)
-        k, v = (torch.cat([t[row.b, row.heads, run] for run in row.keys], dim=2).to(dtype) for t in (self.k, self.v))
+        q = self.q[:, row.q_heads, row.queries].to(dtype)
+        shape = (row.group, q.shape[2])
+        q = q.unflatten(1, (-1, row.group)).flatten(2, 3)
+        k, v = (torch.cat([t[:, row.heads, run] for run in row.keys], dim=2).to(dtype) for t in (self.k, self.v))
         visible, sees = self._visible(row), None
         if visible is not None:
             sees = visible.any(-1, keepdim=True)
@@ -83,7 +94,7 @@ class Inputs(NamedTuple):
             scores = torch.tanh(scores.div_(self.softcap)).mul_(self.softcap)
         sink = None
         if self.sinks is not None:
-            sink = self.sinks[row.q_heads].to(dtype).reshape(1, -1, self.group, 1, 1)
+            sink = self.sinks[row.q_heads].to(dtype).reshape(1, -1, row.group, 1, 1)
         return Loaded(q, k, v, scores, visible, sees, sink)
 
     def drop(self, p: Tensor, row: Row) -> Tensor:
@@ -96,82 +107,125 @@ class Inputs(NamedTuple):
 
     def add(self, total: Tensor, row: Row, part: Tensor) -> None:
         """Add a row's gradient for its keys `[b, h, n, D]` where those keys stand."""
-        at = 0
-        for run in row.keys:
-            size = run.stop - run.start
-            total[row.b, row.heads, run] += part[:, :, at : at + size]
-            at += size
+        sizes = [_size(run) for run in row.keys]
+        for run, run_part in zip(row.keys, part.split(sizes, dim=2), strict=True):
+            total[:, row.heads, run] += run_part
 
     def _visible(self, row: Row) -> Tensor | None:
         """The row's elements of the mask, `[1|b, 1|h, 1|G, r, n]`; None where everything is visible."""
         device = self.q.device
+        visible: Tensor | None = None
         if self.dense is not None:
-            visible = self.dense.expand(*self.q.shape[:3], self.k.shape[2])[row.b, row.q_heads, row.queries]
-            visible = visible[..., row.keys[0]].unflatten(1, (-1, self.group))
-        elif row.whole and self.key_lengths is None:
-            return None
-        else:
-            size = row.queries.stop - row.queries.start
-            i = torch.arange(row.first_query, row.first_query + size, device=device)
-            starts = zip(row.first_keys, row.keys, strict=True)
-            j = torch.cat([torch.arange(at, at + run.stop - run.start, device=device) for at, run in starts])
-            visible = mask_from_text(self.mask).visible(i[:, None], j[None, :])[None, None, None]
+            visible = self.dense.expand(*self.q.shape[:3], self.k.shape[2])[:, row.q_heads, row.queries]
+            visible = visible[..., row.keys[0]].unflatten(1, (-1, row.group))
+        elif row.mask is not None:
+            i, j = _indices([row.queries], device) + row.q_shift, _indices(row.keys, device) + row.k_shift
+            visible = row.mask.visible(i[:, None], j[None, :])[None, None, None]
         if self.key_lengths is not None:
-            j = torch.cat([torch.arange(run.start, run.stop, device=device) for run in row.keys])
-            visible = visible & (j < self.key_lengths[row.b, None]).reshape(-1, 1, 1, 1, j.shape[0])
+            j = _indices(row.keys, device)
+            real = (j < self.key_lengths[:, None]).reshape(-1, 1, 1, 1, j.shape[0])
+            visible = real if visible is None else visible & real
         return visible
 
 
 def rows_of_tiles(x: Inputs) -> Iterator[Row]:
-    """All rows of tiles that hold anything visible: per document, per stretch of queries, per set of heads."""
-    mask = None if x.dense is not None else mask_from_text(x.mask)
+    """All rows of tiles that hold anything visible: per mask, document, stretch of queries and set of heads."""
     number = 0
-    for queries, keys in _documents(x):
-        for start, stop, runs, whole in _walk(mask, queries.stop - queries.start, keys.stop - keys.start):
-            n = sum(run.stop - run.start for run in runs)
-            step = max(1, SCORES // max(1, x.q.shape[0] * x.group * (stop - start) * n))
-            for head in range(0, x.k.shape[1], step):
-                heads = slice(head, min(head + step, x.k.shape[1]))
-                yield Row(
-                    b=slice(None),
-                    heads=heads,
-                    q_heads=slice(heads.start * x.group, heads.stop * x.group),
-                    queries=slice(queries.start + start, queries.start + stop),
-                    keys=[slice(keys.start + run.start, keys.start + run.stop) for run in runs],
-                    first_query=start + (keys.stop - keys.start) - (queries.stop - queries.start),
-                    first_keys=[run.start for run in runs],
-                    whole=whole,
-                    number=number,
-                )
-                number += 1
+    for q_heads, mask in _masks(x):
+        for queries, keys in _documents(x):
+            shift = len(keys) - len(queries)
+            for stretch, runs, partial in _walk(mask, len(queries), len(keys)):
+                n = sum(len(run) for run in runs)
+                most = max(1, SCORES // max(1, x.q.shape[0] * x.group * len(stretch) * n))
+                for heads, some_q_heads in _heads(q_heads, x.group, most):
+                    yield Row(
+                        heads=heads,
+                        q_heads=some_q_heads,
+                        queries=_slice(stretch, queries.start - shift),
+                        keys=[_slice(run, keys.start) for run in runs],
+                        q_shift=shift - queries.start,
+                        k_shift=-keys.start,
+                        mask=mask if partial else None,
+                        number=number,
+                    )
+                    number += 1
 
 
-def _documents(x: Inputs) -> Iterator[tuple[slice, slice]]:
+def _masks(x: Inputs) -> Iterator[tuple[range, Mask | None]]:
+    """The mask of each run of query heads; None: the dense one."""
+    every = range(x.q.shape[1])
+    mask = None if x.dense is not None else mask_from_text(x.mask)
+    if mask is None or mask.heads is None:
+        yield every, mask
+        return
+    for one, heads in groupby(every, mask.head):
+        numbers = list(heads)
+        yield range(numbers[0], numbers[-1] + 1), one
+
+
+def _heads(q_heads: range, group: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Key/value heads, `most` at once, and their query heads out of `q_heads`, an equal number for each."""
+    if q_heads.start % group or q_heads.stop % group:  # cuts through groups: one at a time
+        for head in range(q_heads.start // group, (q_heads.stop - 1) // group + 1):
+            first, end = max(q_heads.start, head * group), min(q_heads.stop, (head + 1) * group)
+            yield slice(head, head + 1), slice(first, end)
+        return
+    for head in range(q_heads.start // group, q_heads.stop // group, most):
+        end = min(head + most, q_heads.stop // group)
+        yield slice(head, end), slice(head * group, end * group)
+
+
+def _documents(x: Inputs) -> Iterator[tuple[range, range]]:
     """The queries and keys that belong together: all of them, or document by document."""
     if x.cu_q is None or x.cu_k is None:
-        yield slice(0, x.q.shape[2]), slice(0, x.k.shape[2])
+        yield range(x.q.shape[2]), range(x.k.shape[2])
         return
     q_ends, k_ends = x.cu_q.tolist(), x.cu_k.tolist()
     for d in range(len(q_ends) - 1):
-        yield slice(q_ends[d], q_ends[d + 1]), slice(k_ends[d], k_ends[d + 1])
+        yield range(q_ends[d], q_ends[d + 1]), range(k_ends[d], k_ends[d + 1])
 
 
-def _walk(mask: Mask | None, q_len: int, k_len: int) -> Iterator[tuple[int, int, list[slice], bool]]:
-    """For each stretch of queries: its bounds, the runs of keys in tiles that are not empty, whether all are full."""
+def _walk(mask: Mask | None, q_len: int, k_len: int) -> Iterator[tuple[range, list[range], bool]]:
+    """For each stretch of queries: its positions, the runs of keys in tiles not empty, whether any is partial."""
     if q_len == 0 or k_len == 0:
         return
-    tiles = None if mask is None else mask.block_map(q_len, k_len, BLOCK, BLOCK).tolist()
-    for index, start in enumerate(range(0, q_len, BLOCK)):
-        row = [Tile.PARTIAL] * -(-k_len // BLOCK) if tiles is None else tiles[index]
-        runs: list[slice] = []
-        for column, tile in enumerate(row):
-            if tile == Tile.EMPTY:
-                continue
-            at, end = column * BLOCK, min((column + 1) * BLOCK, k_len)
-            if runs and runs[-1].stop == at:
-                runs[-1] = slice(runs[-1].start, end)
-            else:
-                runs.append(slice(at, end))
-        if runs:
-            whole = all(tile != Tile.PARTIAL for tile in row)
-            yield start, min(start + BLOCK, q_len), runs, whole
+    stretches, keys = _tiles(mask, range(k_len - q_len, k_len)), _tiles(mask, range(k_len))
+    if mask is None:
+        yield from ((stretch, [range(k_len)], True) for stretch in stretches)
+        return
+    at_once = max(1, TILES // len(keys))
+    for first in range(0, len(stretches), at_once):
+        some = stretches[first : first + at_once]
+        for stretch, tiles in zip(some, mask.tile_map(some, keys), strict=True):
+            seen = tiles.nonzero().flatten().tolist()
+            if seen:
+                yield stretch, _joined([keys[column] for column in seen]), bool((tiles == Tile.PARTIAL).any())
+
+
+def _tiles(mask: Mask | None, positions: range) -> list[range]:
+    """The positions as one side of the tiles: cut as the mask wants it, and no longer than a tile."""
+    pieces = [positions] if mask is None else mask.cut(positions)
+    return [tile for piece in pieces for tile in chop(piece, BLOCK)]
+
+
+def _joined(ranges: list[range]) -> list[range]:
+    """Ranges one after another, those that continue the one before joined to it."""
+    out = ranges[:1]
+    for r in ranges[1:]:
+        if r.step == out[-1].step and r[0] == out[-1][-1] + r.step:
+            out[-1] = range(out[-1][0], r[-1] + 1, r.step)
+        else:
+            out.append(r)
+    return out
+
+
+def _slice(positions: range, shift: int) -> slice:
+    return slice(positions[0] + shift, positions[-1] + shift + 1, positions.step)
+
+
+def _size(run: slice) -> int:
+    return len(range(run.start, run.stop, run.step))
+
+
+def _indices(runs: list[slice], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(run.start, run.stop, run.step, device=device) for run in runs])

@@ -136,5 +136,5 @@ def _packed(call: Call) -> Tensor:
 def _window(mask: Mask | Tensor) -> tuple[int, int]:
     """Keys to the left and right that a query sees besides its own, -1 for all of them."""
     if isinstance(mask, SlidingWindow):
-        return mask.window - 1, 0
+        return mask.window - 1, mask.ahead
     return (-1, 0) if isinstance(mask, Causal) else (-1, -1)

@@ -78,8 +78,8 @@ def tiled_attention(
                 total, row_lse = total.masked_fill(~tile.sees, 1), row_lse.masked_fill(~tile.sees, -math.inf)
             p = x.drop(p, row)
             row_out = (p.flatten(2, 3) @ tile.v).unflatten(2, p.shape[2:4]) / total  # scaled once, at the end
-            out[row.b, row.q_heads, row.queries] = row_out.flatten(1, 2).to(q.dtype)
-            lse[row.b, row.q_heads, row.queries] = row_lse.squeeze(-1).flatten(1, 2)
+            out[:, row.q_heads, row.queries] = row_out.flatten(1, 2).to(q.dtype)
+            lse[:, row.q_heads, row.queries] = row_lse.squeeze(-1).flatten(1, 2)
     return out, lse
 
 
@@ -114,7 +114,7 @@ def tiled_attention_backward(
         for row in rows_of_tiles(x):
             tile = x.load(row)
             shape = tile.scores.shape[2:4]
-            where = (row.b, row.q_heads, row.queries)
+            where = (slice(None), row.q_heads, row.queries)
             row_out, row_d_out = (t[where].to(dtype).unflatten(1, (-1, shape[0])) for t in (out, d_out))
             row_lse, row_d_lse = (t[where].to(dtype).unflatten(1, (-1, shape[0]))[..., None] for t in (lse, d_lse))
             if tile.sees is not None:
