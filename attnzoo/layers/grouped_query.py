@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.caches import Cache
-from attnzoo.layers.inputs import check_cache, check_inputs, check_sizes, packed_positions, zero_padding
-from attnzoo.layers.rope import RotaryEmbedding, apply_rotary
+from attnzoo.layers.inputs import check_cache, check_inputs, check_sizes, zero_padding
+from attnzoo.layers.rope import RotaryEmbedding
+from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal, Mask
 from attnzoo.ops import attention, decode
 
@@ -103,7 +103,9 @@ class GroupedQueryAttention(nn.Module):
         q = self.project_q(x)
         k, v = self.project_kv(x)
         if self.rope is not None:
-            q, k = self._rotate(self.rope, q, k, positions, key_lengths, cu_seqlens, cache)
+            q, k = rotate_new(
+                self.rope, q, k, positions=positions, key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=cache
+            )
         if cache is not None:
             return self.merge(self._decode(q, k, v, key_lengths, cache))
         out = attention(
@@ -134,31 +136,6 @@ class GroupedQueryAttention(nn.Module):
     def merge(self, out: Tensor) -> Tensor:
         """Heads `[B, Hq, S, D]` to `[B, S, dim]`."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _rotate(
-        self,
-        rope: RotaryEmbedding,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None,
-        key_lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Tensor, Tensor]:
-        new = q.shape[2]
-        places = torch.arange(new, device=q.device)
-        lengths: Tensor | None = None  # tokens of each position's sequence, which dynamic scaling reads
-        if cu_seqlens is not None:
-            places, lengths = packed_positions(cu_seqlens, new)
-        elif cache is not None:
-            places = places + (cache.length if cache.uniform else cache.lengths[:, None])
-        if key_lengths is not None:
-            before = 0 if cache is None else cache.lengths
-            lengths = (before + key_lengths)[:, None]
-        if positions is not None:
-            places, lengths = positions, None
-        cos, sin = rope(places, lengths=lengths, dtype=torch.promote_types(q.dtype, torch.float32))
-        return apply_rotary(q, cos, sin, rope.layout), apply_rotary(k, cos, sin, rope.layout)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, cache: Cache) -> Tensor:
         if self.training and self.dropout > 0:
