@@ -12,7 +12,7 @@ import hydra
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
 
-from attnzoo.conversion import convert_checkpoint
+import attnzoo
 from attnzoo.specs import Spec, spec_from_dict
 from recipes.models import model_path
 
@@ -32,9 +32,9 @@ def main(config: DictConfig) -> None:
     log.info("converted to %s: %s", spec, folder)
 
 
-def read_spec(config: Mapping[str, Any]) -> Spec:
+def read_spec(config: DictConfig) -> Spec:
     """The spec that a conf/attention group names."""
-    return spec_from_dict(OmegaConf.to_container(config) if OmegaConf.is_config(config) else config)
+    return spec_from_dict(OmegaConf.to_container(config, throw_on_missing=True))
 
 
 def local_folder(model: Mapping[str, Any]) -> Path:
@@ -47,7 +47,8 @@ def local_folder(model: Mapping[str, Any]) -> Path:
 
 def convert_folder(source: Path, spec: Spec, out: Path, convert: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """Converts the checkpoint in `source` into the folder `out`, by the method and seed of a conf/convert group."""
-    return convert_checkpoint(source, spec, out, method=convert["method"], seed=convert["seed"], overwrite=overwrite)
+    method, seed = convert["method"], convert["seed"]
+    return attnzoo.convert(source, spec, method=method, seed=seed, out=out, overwrite=overwrite)
 
 
 def changes_attention(source: Path, spec: Spec) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +50,8 @@ OmegaConf.register_new_resolver(
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="uptrain")
 def main(config: DictConfig) -> None:
     run = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    if HydraConfig.get().mode == RunMode.MULTIRUN and world_size(config.trainer.devices) > 1:
+        raise ValueError("--multirun runs on one device; start the runs one by one with trainer.devices above 1")
     only_resumes = all(override.startswith("resume=") for override in HydraConfig.get().overrides.task)
     if config.resume is not None and only_resumes and run.config.is_file():
         config = OmegaConf.merge(OmegaConf.load(run.config), {"resume": config.resume})

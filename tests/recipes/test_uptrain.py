@@ -12,17 +12,19 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from recipes.models import load_model
+from recipes.models import load_model, load_tokenizer
 from recipes.module import NotFinite
 from recipes.objectives import NextToken
 from recipes.run_folder import ResumeMismatch, RunFolder
-from recipes.uptrain import main, uptrain
+from recipes.uptrain import main, open_data, uptrain
+from recipes.windows import Windows
 from tests.support.recipes import Tiny, run_command
+from tests.support.tiny_llama import save_tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
 
-# Four micro-batches an epoch make a step of three and one of one; checkpoints after steps 2, 4 and 6.
-LONG = ["max_steps=6", "batch.accumulate=3", "validation.every_n_steps=4", "checkpoint.every_n_steps=2"]
+# Steps of two micro-batches, and of one at the end of each epoch; checkpoints after steps 2, 4 and 6.
+LONG = ["max_steps=6", "batch.accumulate=2", "validation.every_n_steps=4", "checkpoint.every_n_steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,13 @@ def finished(tiny, tmp_path_factory):
     uptrain(tiny.config(*LONG, "logger=csv_tensorboard"), run)
     yield run
     torch.set_num_threads(threads)
+
+
+def micro_batches(tiny, steps):
+    """How many micro-batches the first steps of a LONG run take; the ends of epochs cut windows short."""
+    config = tiny.config(*LONG)
+    data = open_data(config, load_tokenizer(config.model), tiny.model)
+    return sum(map(len, Windows(data.train_loader(), steps=steps, accumulate=config.batch.accumulate)))
 
 
 def outcome(run):
@@ -109,8 +118,10 @@ assert model.generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape == (1,
 
 @pytest.mark.parametrize("moment", ["backward", "save"])
 def test_a_run_killed_and_resumed_gives_the_same_weights_as_one_that_never_stopped(tiny, finished, tmp_path, moment):
-    """Killed after the first of three micro-batches of step 5, or while the checkpoint of step 4 is being written."""
+    """Killed after the first micro-batch of step 5, or while the checkpoint of step 4 is being written."""
     config, run = tmp_path / "config.yaml", RunFolder(tmp_path / "run")
+    before = micro_batches(tiny, steps=4)
+    assert micro_batches(tiny, steps=5) >= before + 2, "step 5 is to be killed between two micro-batches"
     OmegaConf.save(tiny.config(*LONG), config)
     script = f"""
 import os, signal, sys, torch
@@ -132,7 +143,7 @@ def killing(function, at, counts=lambda *_: True):
 
 if {moment!r} == "backward":
     in_training = lambda objective, model, batch: model.training
-    objectives.NextToken.__call__ = killing(objectives.NextToken.__call__, 10, in_training)
+    objectives.NextToken.__call__ = killing(objectives.NextToken.__call__, {before + 2}, in_training)
 else:
     checkpointing._to_disk = killing(checkpointing._to_disk, 6)  # the second file of the second checkpoint
 uptrain(OmegaConf.load({str(config)!r}), RunFolder(Path({str(run.path)!r})))
@@ -150,12 +161,13 @@ uptrain(OmegaConf.load({str(config)!r}), RunFolder(Path({str(run.path)!r})))
 
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny, finished, tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
+    before_step_3 = micro_batches(tiny, steps=2)
     before = signal.getsignal(signal.SIGINT)
     calls = []
 
     def interrupted(self, model, batch, original=NextToken.__call__):
         calls.append(model.training)
-        if model.training and sum(calls) == 6:  # the second micro-batch of step 3
+        if model.training and sum(calls) == before_step_3 + 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, model, batch)
 
@@ -225,6 +237,33 @@ def test_multirun_makes_a_folder_for_each_run(tiny, tmp_path, monkeypatch):
     assert [folder.parent.name for folder in folders] == ["0", "1"]
     kept = [OmegaConf.load(folder.parent / "config.yaml").attention.num_kv_heads for folder in folders]
     assert kept == [1, 2]
+
+
+def test_multirun_on_several_devices_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--multirun runs on one device"):
+        run_command(monkeypatch, main, "--multirun", *tiny.overrides, "trainer.devices=2", "seed=0,1")
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_two_processes_train_as_one_with_twice_the_micro_batches(tiny, tmp_path):
+    common = ["batch.size=1", "batch.seq_len=32", "max_steps=4", "optimizer.eps=1e-3"]
+    no_dropout = f"model.path={save_tiny_llama(tmp_path / 'model')}"  # whose random numbers would be others
+    command = [sys.executable, "-m", "attnzoo.cli", "uptrain", *tiny.overrides, *common, no_dropout]
+    command += ["trainer.strategy=ddp", "trainer.devices=2", "batch.accumulate=2", "hydra.run.dir=two"]
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    uptrain(tiny.config(*common, no_dropout, "batch.accumulate=4"), one)
+    (weights, curve), (weights_of_two, curve_of_two) = outcome(one), outcome(two)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_of_two[name], weight, atol=2e-6, rtol=1e-5, msg=name)
+    assert [point["tokens"] for point in curve] == [point["tokens"] for point in curve_of_two]
+    assert curve_of_two[-1]["cross_entropy"] == pytest.approx(curve[-1]["cross_entropy"], abs=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
 
 
 def test_resume_alone_takes_the_config_of_the_run(tiny, tmp_path, monkeypatch):
