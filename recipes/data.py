@@ -93,7 +93,11 @@ class TextDataModule(LightningDataModule):
         return RowLoader(self._held_out, self.batch_size)
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
-        """The training batches of the trainer's rank; all of them without a trainer."""
+        """The training batches of the trainer's rank; all of them without a trainer.
+
+        Lightning reads one batch ahead of a loader without a length, so a stream that resumes exactly goes through
+        recipes.windows.Windows, which has one.
+        """
         return self.train_loader(**self._ranks())
 
     def val_dataloader(self) -> RowLoader:

@@ -123,17 +123,27 @@ def _score_chunk(logits: Tensor, targets: Tensor) -> tuple[float, int, int]:
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
+    from recipes.run_folder import RunFolder
+
+    run = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    try:
+        _evaluate_all(config, Path(config.out).expanduser() if config.out else run.path)
+    finally:
+        run.drop_if_nothing_ran()
+
+
+def _evaluate_all(config: DictConfig, out: Path) -> None:
     from recipes.report import print_table
     from recipes.run_folder import write_whole
 
     OmegaConf.resolve(config)
     results = [_evaluate_path(path, config) for path in (config.model.path, *config.also)]
     print_table(results)
-    out = Path(config.out or HydraConfig.get().runtime.output_dir).expanduser() / "evaluation.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(result) for result in results]
-    write_whole(out, json.dumps({"evaluations": rows, "config": OmegaConf.to_container(config)}, indent=2))
-    log.info("written to %s", out)
+    record = {"evaluations": rows, "config": OmegaConf.to_container(config)}
+    write_whole(out / "evaluation.json", json.dumps(record, indent=2))
+    log.info("written to %s", out / "evaluation.json")
 
 
 def _evaluate_path(path: str, config: DictConfig) -> Evaluation:

