@@ -6,7 +6,7 @@ through YAML and config.json. A list of specs is one per layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -29,6 +29,8 @@ class Spec:
         out: dict[str, Any] = {"mechanism": self.mechanism}
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                value = list(value)
             out[field.name] = value.to_dict() if isinstance(value, Mask) else value
         return out
 
@@ -52,6 +54,54 @@ class GQA(Spec):
             raise ValueError(f"num_kv_heads must be a positive integer or None, got {heads!r}")
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(f"mask must be one of attnzoo.masks or None, got {self.mask!r}")
+
+
+@dataclass(frozen=True)
+class Linear(Spec):
+    """Linear attention (arXiv 2006.16236); with a window, softmax near and linear far (LoLCATs, 2410.10254).
+
+    Args:
+        num_kv_heads: key/value heads; has to divide the model's query heads.
+        feature_map: "elu" (elu(x) + 1), "relu", "identity", "favor" (random features, 2009.14794) or "hedgehog"
+            (learned, 2402.04347).
+        num_features: how many random features "favor" draws; None: head_dim * ln(head_dim).
+        normalize: whether outputs are divided by the sum of the weights; "favor" and a window need it.
+        decay: what is left of each key/value head's state after a token, in (0, 1], or "retnet" (2307.08621); None:
+            all of it. Not with a window.
+        window: how many last keys a softmax sees; None: none.
+    """
+
+    mechanism: ClassVar[str] = "linear"
+    feature_maps: ClassVar[tuple[str, ...]] = ("identity", "elu", "relu", "favor", "hedgehog")
+    num_kv_heads: int | None = None
+    feature_map: str = "elu"
+    num_features: int | None = None
+    normalize: bool = True
+    decay: Sequence[float] | str | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "num_features", "window"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if self.feature_map not in self.feature_maps:
+            raise ValueError(f"feature_map must be one of {list(self.feature_maps)}, got {self.feature_map!r}")
+        if self.num_features is not None and self.feature_map != "favor":
+            raise ValueError(f"num_features must be None but for feature_map 'favor', got {self.num_features}")
+        if self.decay is not None and self.decay != "retnet":
+            values = () if isinstance(self.decay, str) else tuple(self.decay)
+            if not values or not all(0 < value <= 1 for value in values):
+                raise ValueError(f"decay must be 'retnet', None or numbers in (0, 1], got {self.decay!r}")
+            object.__setattr__(self, "decay", values)  # hashable, also from YAML
+        # Random features are right up to a factor that only the normaliser cancels, and that would weigh far and near.
+        if self.feature_map == "favor" and not self.normalize:
+            raise ValueError("normalize must be True for feature_map 'favor', got False")
+        if self.window is not None and (not self.normalize or self.decay is not None or self.feature_map == "favor"):
+            raise ValueError(
+                "window needs normalize, no decay and a feature_map other than 'favor', "
+                f"got {self.normalize}, {self.decay!r} and {self.feature_map!r}"
+            )
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
