@@ -12,16 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnzoo import caches, hf, layers, masks, ops
     from attnzoo.hf import convert, swap
-    from attnzoo.layers import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention
-    from attnzoo.specs import GQA
+    from attnzoo.layers import (
+        GroupedQueryAttention,
+        LinearAttention,
+        MultiHeadAttention,
+        MultiHeadLatentAttention,
+        MultiQueryAttention,
+        SlidingWindowAttention,
+        SparseAttention,
+    )
+    from attnzoo.specs import GQA, MLA, Linear
 
 __version__ = "0.1.0"
 
 _HOME = {
     "GQA": "attnzoo.specs",
     "GroupedQueryAttention": "attnzoo.layers",
+    "Linear": "attnzoo.specs",
+    "LinearAttention": "attnzoo.layers",
+    "MLA": "attnzoo.specs",
     "MultiHeadAttention": "attnzoo.layers",
+    "MultiHeadLatentAttention": "attnzoo.layers",
     "MultiQueryAttention": "attnzoo.layers",
+    "SlidingWindowAttention": "attnzoo.layers",
+    "SparseAttention": "attnzoo.layers",
     "convert": "attnzoo.hf",
     "swap": "attnzoo.hf",
 }
@@ -29,9 +43,15 @@ _ROOMS = ("caches", "hf", "layers", "masks", "ops")
 
 __all__ = [
     "GQA",
+    "MLA",
     "GroupedQueryAttention",
+    "Linear",
+    "LinearAttention",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
     "MultiQueryAttention",
+    "SlidingWindowAttention",
+    "SparseAttention",
     "caches",
     "convert",
     "hf",

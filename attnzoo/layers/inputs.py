@@ -31,6 +31,8 @@ def check_sizes(
         raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads ({num_heads})")
     if mask is not None and not isinstance(mask, Mask):
         raise ValueError(f"mask is a {type(mask).__name__}; it must be an attnzoo.masks.Mask or None")
+    if mask is not None and mask.heads not in (None, num_heads):
+        raise ValueError(f"mask is made for {mask.heads} heads; num_heads is {num_heads}")
     size = dim // num_heads if head_dim is None else head_dim
     if rope is not None and rope.head_dim != size:
         raise ValueError(f"rope has head_dim {rope.head_dim}; the layer's is {size}")

@@ -9,18 +9,23 @@ from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.masks import Mask
 
 
-class AttentionOptions(TypedDict, total=False):
-    """The keyword arguments of `GroupedQueryAttention`, with its defaults."""
+class MasklessOptions(TypedDict, total=False):
+    """The keyword arguments of `GroupedQueryAttention`, with its defaults, but for the mask."""
 
     head_dim: int | None
     bias: bool
     out_bias: bool | None
     qk_norm: bool
-    mask: Mask | None
     rope: RotaryEmbedding | None
     dropout: float
     scale: float | None
     softcap: float | None
+
+
+class AttentionOptions(MasklessOptions, total=False):
+    """All keyword arguments of `GroupedQueryAttention`, with its defaults."""
+
+    mask: Mask | None
 
 
 class MultiHeadAttention(GroupedQueryAttention):

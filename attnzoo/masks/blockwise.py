@@ -33,6 +33,8 @@ class Blockwise(Mask):
     block: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask must be one of attnzoo.masks, got {self.mask!r}")
         check_integer("block", self.block, 1)
         super().__post_init__()
 

@@ -18,9 +18,9 @@ class _Pair(Mask):
     second: Mask
 
     def __post_init__(self) -> None:
-        heads = {mask.heads for mask in (self.first, self.second)} - {None}
+        heads = {mask.heads for mask in (self.first, self.second) if mask.heads is not None}
         if len(heads) > 1:
-            raise ValueError(f"masks combine for the same number of heads, got {sorted(map(str, heads))}")
+            raise ValueError(f"masks combine for the same number of heads, got {sorted(heads)}")
         super().__post_init__()
 
     def cut(self, positions: range) -> list[range]:

@@ -64,4 +64,4 @@ if __name__ == "__main__":
     from attnzoo.masks.causal import Causal
     from attnzoo.masks.drawing import main
 
-    main(Documents([0, 12, 40, 64]) & Causal())
+    main(Documents([0, 12, 40, 64]) & Causal(), name="documents")

@@ -24,7 +24,7 @@ def draw(mask: Mask, path: str | Path, q_len: int, k_len: int) -> None:
             axes.axis("off")
             continue
         visible = mask.head(number).dense(q_len, k_len)
-        axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal")
+        axes.imshow(visible.int().numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal")
         axes.set(xlabel="key", ylabel="query")
         axes.set_title(f"{mask.head(number)}\n{visible.float().mean():.1%} of the pairs visible", fontsize=9, wrap=True)
         if max(q_len, k_len) <= 64:

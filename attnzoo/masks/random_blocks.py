@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnzoo.masks.base import Mask, Span, check_integer
 from attnzoo.masks.cutting import chop_at_multiples
+
+_Integers = TypeVar("_Integers", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class RandomBlocks(Mask):
     edge: int = 0
 
     def __post_init__(self) -> None:
-        least = {"per_row": 0, "block": 1, "seed": 0, "near": 0, "edge": 0} | ({"length": 1} if self.length else {})
-        for name, value in least.items():
-            check_integer(name, getattr(self, name), value)
+        for name, least in (("per_row", 0), ("block", 1), ("seed", 0), ("near", 0), ("edge", 0)):
+            check_integer(name, getattr(self, name), least)
+        if self.length is not None:
+            check_integer("length", self.length, 1)
         super().__post_init__()
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
@@ -100,10 +103,10 @@ class RandomBlocks(Mask):
 
 def _hash(seed: int, row: Tensor, stretch: int) -> Tensor:
     """Integers in [0, 2^32) that look random, of int64 tensors."""
-    return _mix(_mix(_mix(row + seed) + stretch) + (seed >> 32) + 0x9E3779B9)
+    return _mix(_mix(row ^ _mix(_mix(seed) ^ (seed >> 32))) ^ _mix(stretch + 0x9E3779B9))
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: _Integers) -> _Integers:
     """A permutation of the 32-bit integers whose every output bit hangs on every input bit (C. Wellons, lowbias32)."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
