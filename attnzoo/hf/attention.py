@@ -5,6 +5,7 @@ Keys are never repeated for grouped queries, and no S x S mask is made where `at
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from attnzoo import ops
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
 
 logger = logging.get_logger(__name__)
+
+# Made once, not in each layer of each step, which torch.compile would have to trace.
+_FULL, _CAUSAL = Full(), Causal()
+_cached_window = lru_cache(SlidingWindow)
 
 # Arguments of other attention functions that would change the result, with what to say of each.
 _REFUSED = {
@@ -158,8 +163,13 @@ def _pattern(is_causal: bool, window: int | None, attention_mask: Tensor | None,
                 f"sliding_window={window} on a layer that is not causal needs a mask when there are {keys} keys; "
                 "attention_mask is None"
             )
-        return Full()
-    return Causal() if window is None else SlidingWindow(window)
+        return _FULL
+    return _CAUSAL if window is None else _window(window)
+
+
+@torch.compiler.assume_constant_result
+def _window(window: int) -> Mask:
+    return _cached_window(window)
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ here; a function that is not recognised costs a mask tensor, never a wrong one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
@@ -106,7 +107,15 @@ def attnzoo_mask(
 
     Returns:
         None, int32 `[B, 1, 1, n]` or bool `[B, 1, S_q, S_k]`: see the module.
+
+    Raises:
+        ValueError: for a model whose layers do not call the attention function that transformers' config names.
     """
+    if config is not None and not _uses_the_interface(type(config)):
+        raise ValueError(
+            f'attn_implementation="attnzoo" does not reach the attention layers of {config.model_type}, which compute '
+            'attention by themselves in this version of transformers; use attn_implementation="eager"'
+        )
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     pattern = read_pattern(mask_function)
     model_type = getattr(config, "model_type", None)
@@ -141,6 +150,22 @@ def attnzoo_mask(
         device=device,
         **kwargs,
     )
+
+
+@torch.compiler.assume_constant_result
+def _uses_the_interface(config: type) -> bool:
+    """Whether a config's model computes attention through transformers' interface.
+
+    transformers lets any model be made with any registered attn_implementation, asks its mask function for masks, and
+    lets the layers that know no interface (Bloom's, CodeGen's) take None for "everything is visible".
+    """
+    modeling = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    if modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return True
+    own = (
+        value for value in vars(modeling).values() if isinstance(value, type) and value.__module__ == modeling.__name__
+    )
+    return not any("Attention" in cls.__name__ and issubclass(cls, nn.Module) for cls in own)
 
 
 def _keys_so_far(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> int | None:

@@ -65,6 +65,8 @@ def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:
     for key, value in plan.config.items():
         if key not in config or config[key] != value:
             setattr(live, key, value)
+    if not plan.refusal and isinstance((config.get("attnzoo") or {}).get("spec"), list):
+        del live.attnzoo  # an earlier swap's, which no longer holds
     for module in model.modules():
         if hasattr(module, "has_sliding_layers"):  # Qwen's, worked out when the model was made
             setattr(module, "has_sliding_layers", "sliding_attention" in live.layer_types)  # noqa: B010

@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA
     | {"sliding_window": 5, "layer_types": ALTERNATE, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "gemma3_text": GEMMA | {"sliding_window": 5, "layer_types": ALTERNATE, "query_pre_attn_scalar": 16},
+    "phi": COMMON | {"partial_rotary_factor": 0.5},
     "phi3": COMMON | {"sliding_window": 5, "partial_rotary_factor": 0.5},
     "gpt2": {
         "vocab_size": 97,

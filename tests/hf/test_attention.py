@@ -6,15 +6,19 @@ import pytest
 import torch
 from transformers import (
     AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    CompileConfig,
     DynamicCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+import attnzoo
 from attnzoo import masks as attnzoo_masks
 from attnzoo import ops
 from attnzoo.hf import attnzoo_attention
@@ -70,12 +74,9 @@ def test_padding_is_attended_to_when_only_the_attention_function_is_registered(b
     assert (wrong - want)[mask.bool()].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(("cache", "beams"), [("dynamic", 1), ("dynamic", 3), ("static", 1)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
 def test_generate_with_left_padding_gives_eagers_tokens(build, tokens, family, cache, beams):
-    if cache == "static" and beams > 1:
-        pytest.skip("transformers: beams reorder dynamic caches only")
     model = build(family)
     mask = padding((12, 7, 4), 12, "left")
     options = {
@@ -188,9 +189,22 @@ def test_cross_attention_of_an_encoder_decoder_gives_eagers_logits_and_tokens(to
 
 def test_a_position_bias_is_refused_not_ignored(tokens):
     config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    config._attn_implementation = "attnzoo"
     model = T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match=r"position_bias|does not reach"):  # older T5s know no interface
+        model(tokens, decoder_input_ids=tokens)
+    q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="position_bias"):
-        logits(model, tokens, "attnzoo", decoder_input_ids=tokens)
+        attnzoo_attention(torch.nn.Module(), q, q, q, None, position_bias=torch.zeros(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("family", ["bloom", "codegen"])
+def test_a_model_whose_layers_do_not_ask_for_the_attention_function_is_refused(tokens, family):
+    sizes = {"n_layer": 1, "n_head": 4, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
+    sizes |= {"hidden_size": 32} if family == "bloom" else {"n_embd": 32, "rotary_dim": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation="attnzoo")
+    with pytest.raises(ValueError, match=f"does not reach the attention layers of {family}"):
+        model(tokens)
 
 
 def test_a_callers_own_mask_counts_and_a_bias_in_its_place_is_refused(build, tokens):
@@ -244,8 +258,20 @@ def test_gradient_checkpointing_gives_eagers_gradients(build, tokens):
         torch.testing.assert_close(grads[1][name], want, atol=1e-5, rtol=1e-3)
 
 
-def test_a_compiled_forward_gives_the_same_logits_without_a_graph_break(build, tokens):
+@pytest.fixture
+def fresh_compiler():
+    """Recompilations are counted per function, over all tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_compiled_forward_gives_the_same_logits_without_a_graph_break(build, tokens, swapped):
     model = build("llama", implementation="attnzoo")
+    if swapped:
+        attnzoo.swap(model, attnzoo.GQA(num_kv_heads=2))
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)
     cases = [
         {},
@@ -264,3 +290,16 @@ def test_a_compiled_forward_gives_the_same_logits_without_a_graph_break(build, t
         }
         want = model(tokens[:1], use_cache=False, **packed).logits
         torch.testing.assert_close(forward(tokens[:1], use_cache=False, **packed).logits, want, **CLOSE)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compiled_decoding_with_a_static_cache_gives_the_tokens_of_no_cache(build, tokens, family):
+    model = build(family, implementation="attnzoo")
+    mask = padding((12, 7, 4), 12, "left")
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    want = model.generate(tokens * mask, use_cache=False, **options)
+    compiling = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiling._compile_all_devices = True  # transformers compiles on GPUs only unless told otherwise
+    got = model.generate(tokens * mask, cache_implementation="static", compile_config=compiling, **options)
+    assert torch.equal(got, want)
