@@ -1,0 +1,6 @@
+"""Attention in latent space, over a cache that all heads share."""
+
+from attnzoo.ops.latent.api import latent_decode
+from attnzoo.ops.latent.common import Held
+
+__all__ = ["Held", "latent_decode"]
