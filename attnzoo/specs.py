@@ -104,6 +104,38 @@ class Linear(Spec):
             )
 
 
+@dataclass(frozen=True)
+class MLA(Spec):
+    """Multi-head latent attention (arXiv 2405.04434): a token's cache is one latent and one rope key for all heads.
+
+    Args:
+        kv_lora_rank: size of the latent, from which all heads' keys and values are projected up.
+        qk_nope_head_dim: size of the part of a head's queries and keys that carries no position.
+        qk_rope_head_dim: size of the part that is rotated, even; its key is shared by all heads.
+        v_head_dim: size of a head's values.
+        q_lora_rank: size of the queries' latent.
+        mask: which query sees which key.
+    """
+
+    mechanism: ClassVar[str] = "mla"
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    q_lora_rank: int | None = None
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {size!r}")
+        if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise ValueError(f"mask must be one of attnzoo.masks or None, got {self.mask!r}")
+
+
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The spec that `Spec.to_dict` described.
 
