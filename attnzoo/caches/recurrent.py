@@ -253,6 +253,6 @@ class RecurrentStateCache(Cache):
 def _shift(t: Tensor, by: Tensor | int, size: int) -> Tensor:
     """Of `t [B, H, n, D]` the `size` slots from `by` on, or row b's from `by[b]` on; below 0 anything may stand."""
     if isinstance(by, int):
-        return t[:, :, by : by + size].contiguous()
+        return t[:, :, by : by + size].clone()  # a view would keep all of t
     slots = (torch.arange(size, device=t.device) + by[:, None]).clamp(min=0)  # [B, size]
     return t.take_along_dim(slots[:, None, :, None], dim=2)

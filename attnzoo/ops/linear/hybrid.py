@@ -93,8 +93,9 @@ def _run(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
-    dtype = accumulation_dtype(q.dtype)
-    out_dtype = v.dtype
+    if q.shape[2] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[3])
+    dtype, out_dtype = accumulation_dtype(q.dtype), v.dtype
     document, live = _documents(q, key_lengths, cu_seqlens)
     q, k, v = (t.to(dtype).masked_fill(~live, 0) for t in (q, k, v))
     f_q, f_k = (apply_map(feature_map, f.to(dtype).masked_fill(~live, 0)).masked_fill(~live, 0) for f in features)
@@ -134,7 +135,7 @@ def near_weights(scores: Tensor, visible: Tensor, gain: Tensor) -> Tensor:
 def _near(q: Tensor, k: Tensor, v: Tensor, window: int, document: Tensor, gain: Tensor) -> Tensor:
     """Sums over the window `[B, Hk, G, S, Dv + 1]`: blocks of queries over their own block of keys and the last one."""
     length = q.shape[3]
-    size = min(max(window, _LEAST_BLOCK), max(length, 1))
+    size = min(max(window, _LEAST_BLOCK), length)
     blocks = -(-length // size)
     end = blocks * size - length
     q = F.pad(q, (0, 0, 0, end)).unflatten(3, (blocks, size))  # [B, Hk, G, n, b, D]
