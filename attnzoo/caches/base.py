@@ -5,11 +5,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from attnzoo.ops.decoding.api import KeyValues
+
 
 class Cache(ABC):
     """Keys and values of the tokens seen so far, row by row; rows may differ in length.
 
-    A cache holds values, not gradients: what is appended is detached.
+    A cache holds values, not gradients: what is appended is detached. Rows hold real tokens only: of a padded batch,
+    `lengths` says how many each row got, and `attnzoo.caches.to_right_padding` turns left padding into right padding.
     """
 
     batch_size: int
@@ -17,6 +20,7 @@ class Cache(ABC):
     head_dim: int
     v_head_dim: int
     max_length: int
+    reach: int | None = None  # keys, its own included, that a new token's query may see; None: all of its row
 
     @property
     @abstractmethod
@@ -37,13 +41,31 @@ class Cache(ABC):
     def row_lengths(self) -> list[int]:
         """Tokens in each row, known without asking the device."""
 
+    @property
+    def first(self) -> int | Tensor:
+        """Position of the first token in the view: one number for all rows, or `[B]`. 0 unless tokens were dropped."""
+        return 0
+
+    @property
+    def kept(self) -> int | None:
+        """How many of each row's newest tokens are sure to be in the view; None: all."""
+        return None
+
+    def extend(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> KeyValues:
+        """Append, and give what queries of these tokens attend to: the cache, or more than it goes on holding."""
+        self.append(k, v, lengths)
+        return self
+
     @abstractmethod
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Add tokens after each row's last; of row b's new tokens the first `lengths[b]` are real (None: all)."""
 
     @abstractmethod
     def view(self) -> tuple[Tensor, Tensor]:
-        """Keys `[B, Hk, length, D]` and values `[B, Hk, length, Dv]`; past a row's own length anything may stand."""
+        """Keys `[B, Hk, n, D]` and values `[B, Hk, n, Dv]` by position, from `first` on.
+
+        Past a row's own length anything may stand.
+        """
 
     @abstractmethod
     def crop(self, length: int) -> None:

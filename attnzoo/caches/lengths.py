@@ -27,6 +27,15 @@ class RowLengths:
         """Tokens in the longest row."""
         return self._gained + self._most
 
+    @property
+    def shortest(self) -> int:
+        """Tokens in the shortest row."""
+        return self._gained
+
+    def value(self) -> int | Tensor:
+        """One number if the rows are equally long, else one a row, `[B]` int64."""
+        return self._gained if self._skew is None else self.tensor()
+
     def host(self) -> list[int]:
         """Tokens in each row."""
         skew = (0,) * self._batch_size if self._skew is None else self._skew
@@ -41,6 +50,14 @@ class RowLengths:
     def add(self, count: int) -> None:
         """Make every row longer by `count`."""
         self._gained += count
+
+    def take(self, indices: Tensor) -> None:
+        """Row b gets the length of row `indices[b]`. Waits for the device only if the rows differ."""
+        if self.uniform:
+            self.set([self._gained] * len(indices))
+        else:
+            before = self.host()
+            self.set([before[index] for index in indices.tolist()])
 
     def set(self, lengths: Sequence[int]) -> None:
         """Replace the lengths (and with them the batch size)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attnzoo.caches import Cache
-from attnzoo.layers.inputs import check_cache, check_inputs, check_sizes, zero_padding
+from attnzoo.layers.inputs import check_cache, check_inputs, check_reach, check_sizes, zero_padding
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal, Mask
@@ -97,6 +97,7 @@ class GroupedQueryAttention(nn.Module):
         check_inputs(self.dim, x, context, positions, key_lengths, cu_seqlens, cache is not None)
         if cache is not None:
             check_cache(cache, x.shape[0], self.num_kv_heads, self.head_dim)
+            check_reach(cache, self.mask if context is None else None)
         if context is not None:
             return self.merge(self._cross(x, context, key_lengths, cache))
         x = zero_padding(x, key_lengths, cu_seqlens)
@@ -141,8 +142,8 @@ class GroupedQueryAttention(nn.Module):
         if self.training and self.dropout > 0:
             raise ValueError(f"cache with dropout {self.dropout} in training; call eval() first")
         starts = cache.length if cache.uniform else cache.lengths
-        cache.append(k, v, key_lengths)
-        return decode(q, cache, mask=self.mask, scale=self.scale, softcap=self.softcap, starts=starts)
+        seen = cache.extend(k, v, key_lengths)
+        return decode(q, seen, mask=self.mask, scale=self.scale, softcap=self.softcap, starts=starts)
 
     def _cross(self, x: Tensor, context: Tensor, key_lengths: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None or cache.length == 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 from attnzoo.caches import Cache
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.masks import Mask
+from attnzoo.ops.decoding.reach import reach
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -86,6 +87,16 @@ def check_cache(cache: Cache, batch: int, num_kv_heads: int, head_dim: int) -> N
             f"cache is made for batch {cache.batch_size}, {cache.num_kv_heads} heads of {cache.head_dim} (keys) and "
             f"{cache.v_head_dim} (values); here are batch {batch}, {num_kv_heads} heads of {head_dim}"
         )
+
+
+def check_reach(cache: Cache, mask: Mask | None) -> None:
+    """ValueError for a cache that drops keys which the mask lets a query see."""
+    if cache.reach is None:
+        return
+    far = reach(mask)
+    if far is None or far > cache.reach:
+        sees = "any key before it" if far is None else f"{far} keys up to its own"
+        raise ValueError(f"cache holds what a query needs to see {cache.reach} keys; with mask {mask} it sees {sees}")
 
 
 def packed_positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:

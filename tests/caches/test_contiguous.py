@@ -166,7 +166,7 @@ def test_tokens_that_do_not_fit_are_refused_and_nothing_is_written(change: dict[
     with pytest.raises(ValueError, match=message):
         cache.append(**{"k": given_k, "v": given_v, **change})
     assert cache.length == 0
-    assert not cache._k.any() and not cache._v.any()
+    assert not any(part.any() for storage in cache._storages() for part in storage.parts)
 
 
 def test_bad_sizes_rows_and_counts_are_refused() -> None:

@@ -43,6 +43,14 @@ class Rows:
     def lengths(self) -> Tensor:
         return torch.tensor(self.counts)
 
+    @property
+    def first(self) -> int:
+        return 0
+
+    @property
+    def kept(self) -> None:
+        return None
+
     def row_lengths(self) -> list[int]:
         return self.counts
 

@@ -1,5 +1,5 @@
 """Attention of new tokens over a cache."""
 
-from attnzoo.ops.decoding.api import decode
+from attnzoo.ops.decoding.api import KeyValues, decode
 
-__all__ = ["decode"]
+__all__ = ["KeyValues", "decode"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.masks import Full, Mask, SlidingWindow
+from attnzoo.ops.decoding.reach import is_relative, reach
 from attnzoo.ops.softmax import attention
 
 _FEW_QUERIES = 16  # up to here a mask of [B, 1, Sq, n] is small beside the keys
@@ -28,7 +29,22 @@ class KeyValues(Protocol):
 
     def row_lengths(self) -> list[int]: ...
 
+    @property
+    def first(self) -> int | Tensor: ...
+
+    @property
+    def kept(self) -> int | None: ...
+
     def view(self) -> tuple[Tensor, Tensor]: ...
+
+
+class _Seen(NamedTuple):
+    """The view of a cache, in its own columns: row b's first key stands in column 0, whatever its position."""
+
+    k: Tensor  # [B, Hk, n, D]
+    v: Tensor
+    lengths: Tensor | None  # [B], columns that are filled; None: all, in every row
+    first: int | Tensor  # position of column 0, one for all or [B]
 
 
 def decode(
@@ -48,7 +64,8 @@ def decode(
 
     Args:
         q: `[B, Hq, Sq, D]`.
-        cache: keys `[B, Hk, n, D]` and values `[B, Hk, n, Dv]` with `Hq % Hk == 0`.
+        cache: keys `[B, Hk, n, D]` and values `[B, Hk, n, Dv]` with `Hq % Hk == 0`. After a chunk into a rolling cache,
+            what its `extend` returned.
         mask: by absolute positions; None: every key of the row is visible, as in `attention`.
         scale: of the scores; None: `D ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
@@ -60,89 +77,87 @@ def decode(
         `[B, Hq, Sq, Dv]`; a query that sees no key gives 0.
 
     Raises:
-        ValueError: for shapes that do not fit the cache, or queries that are not the last tokens of the cache.
+        ValueError: for shapes that do not fit the cache, queries that are not the last tokens of the cache, or a mask
+            that reaches further back than the cache has kept tokens.
     """
     k, v = cache.view()
-    _check(q, k, starts)
-    q_len, k_len = q.shape[2], k.shape[2]
     mask = Full() if mask is None else mask
+    _check(q, k, starts)
+    _check_reach(mask, q.shape[2], cache)
+    q_len, first = q.shape[2], cache.first
     if starts is None:
-        starts = k_len - q_len if cache.uniform else cache.lengths - q_len
+        starts = cache.length - q_len if cache.uniform else cache.lengths - q_len
     if isinstance(starts, int):
-        _check_last(starts, q_len, k_len)
-        return _aligned(q, k, v, cache, starts, mask, scale, softcap, sinks)
+        _check_last(starts, q_len, cache.length)
+    alike = cache.uniform and isinstance(first, int)
+    seen = _Seen(k, v, None if alike else cache.lengths - first, first)
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    start = starts - first
+    shifted = not ((isinstance(first, int) and first == 0) or is_relative(mask))
+    if isinstance(start, int) and not shifted:
+        return _aligned(q, seen, start, mask, options)
+    starts = start if isinstance(start, Tensor) else torch.full(q.shape[:1], start, device=q.device)
     if q_len <= _FEW_QUERIES:
-        return _masked(q, k, v, cache, starts, mask, scale, softcap, sinks)
-    return _row_by_row(q, k, v, cache, starts, mask, scale, softcap, sinks)
+        return _masked(q, seen, starts, mask, options)
+    if shifted:  # `attention` counts positions from the first key
+        parts = zip(q.split(_FEW_QUERIES, dim=2), range(0, q_len, _FEW_QUERIES), strict=True)
+        return torch.cat([_masked(part, seen, starts + at, mask, options) for part, at in parts], dim=2)
+    return _row_by_row(q, seen, starts, mask, options)
 
 
-def _aligned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: KeyValues,
-    start: int,
-    mask: Mask,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """All rows start at one position: the queries are the last ones of the keys, as `attention` aligns them."""
+def _aligned(q: Tensor, seen: _Seen, start: int, mask: Mask, options: dict[str, Any]) -> Tensor:
+    """All rows start at one column: the queries are the last ones of the keys, as `attention` aligns them."""
+    k, v, lengths, _ = seen
     padding = start + q.shape[2] - k.shape[2]  # queries past the end of every row
     q = q[:, :, : q.shape[2] - padding]
-    if cache.uniform:
+    if lengths is None:
         if q.shape[2] == 1 and isinstance(mask, SlidingWindow):  # only the last few keys: no mask is needed then
-            first = max(k.shape[2] - mask.window, 0)
-            k, v, mask = k[:, :, first:], v[:, :, first:], Full()
-        out = attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+            nearest = max(k.shape[2] - mask.window, 0)
+            k, v, mask = k[:, :, nearest:], v[:, :, nearest:], Full()
+        out = attention(q, k, v, mask=mask, **options)
     else:
-        lengths = cache.lengths
-        out = attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, key_lengths=lengths)
+        out = attention(q, k, v, mask=mask, key_lengths=lengths, **options)
         past = start + torch.arange(q.shape[2], device=q.device) >= lengths[:, None]  # [B, Sq]
         out = out.masked_fill(past[:, None, :, None], 0)
     return F.pad(out, (0, 0, 0, padding)) if padding else out
 
 
-def _masked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: KeyValues,
-    starts: Tensor,
-    mask: Mask,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Few queries at different positions: one call with the mask written out, `[B, 1, Sq, n]`."""
-    lengths = cache.lengths[:, None, None, None]
+def _masked(q: Tensor, seen: _Seen, starts: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+    """Few queries at different columns: one call with the mask written out, `[B, 1 or Hq, Sq, n]`."""
+    k, v, lengths, first = seen
     i = starts[:, None, None, None] + torch.arange(q.shape[2], device=q.device)[:, None]  # [B, 1, Sq, 1]
     j = torch.arange(k.shape[2], device=q.device)
-    visible = mask.visible(i, j) & (j < lengths) & (i < lengths)
-    return attention(q, k, v, mask=visible, scale=scale, softcap=softcap, sinks=sinks)
+    shift = first[:, None, None, None] if isinstance(first, Tensor) else first
+    visible = mask.visible(i + shift, j + shift)
+    ends = k.shape[2] if lengths is None else lengths[:, None, None, None]
+    return attention(q, k, v, mask=visible & (j < ends) & (i < ends), **options)
 
 
-def _row_by_row(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: KeyValues,
-    starts: Tensor,
-    mask: Mask,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Many queries at different positions: a written mask would be quadratic, so each row goes alone."""
+def _row_by_row(q: Tensor, seen: _Seen, starts: Tensor, mask: Mask, options: dict[str, Any]) -> Tensor:
+    """Many queries at different columns: a written mask would be quadratic, so each row goes alone."""
     q_len = q.shape[2]
+    lengths = torch.full_like(starts, seen.k.shape[2]) if seen.lengths is None else seen.lengths
     out = []
-    for row, (start, length) in enumerate(zip(starts.tolist(), cache.row_lengths(), strict=True)):
+    for row, (start, length) in enumerate(torch.stack([starts, lengths], dim=1).tolist()):
         _check_last(start, q_len, length)
         real, at = length - start, slice(row, row + 1)
-        keys, values = k[at, :, :length], v[at, :, :length]
-        one = attention(q[at, :, :real], keys, values, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+        keys, values = seen.k[at, :, :length], seen.v[at, :, :length]
+        one = attention(q[at, :, :real], keys, values, mask=mask, **options)
         out.append(F.pad(one, (0, 0, 0, q_len - real)))
     return torch.cat(out)
+
+
+def _check_reach(mask: Mask, q_len: int, cache: KeyValues) -> None:
+    kept = cache.kept
+    if kept is None or cache.length <= kept:
+        return
+    far = reach(mask)
+    if far is None or q_len - 1 + far > kept:
+        sees = "any key before it" if far is None else f"{far} keys up to its own"
+        raise ValueError(
+            f"mask {mask} lets a query see {sees}; with {q_len} queries the cache would have to hold more than "
+            f"the last {kept} of {cache.length} tokens"
+        )
 
 
 def _check(q: Tensor, k: Tensor, starts: int | Tensor | None) -> None:

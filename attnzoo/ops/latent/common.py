@@ -29,6 +29,14 @@ class Held:
     def lengths(self) -> Tensor:
         return self.cache.lengths
 
+    @property
+    def first(self) -> int | Tensor:
+        return self.cache.first
+
+    @property
+    def kept(self) -> int | None:
+        return self.cache.kept
+
     def row_lengths(self) -> list[int]:
         return self.cache.row_lengths()
 

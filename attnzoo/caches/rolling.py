@@ -1,0 +1,167 @@
+"""The newest tokens only, in a ring: for attention in a sliding window, at constant memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.caches.contiguous import ContiguousCache
+from attnzoo.caches.lengths import RowLengths
+from attnzoo.caches.ring import Ring
+from attnzoo.caches.storage import Storage
+from attnzoo.caches.token_cache import TokenCache, check_least
+from attnzoo.ops.decoding.api import KeyValues
+
+
+class RollingCache(TokenCache):
+    """Keys `[B, Hk, window + margin, D]` and values, the token of position p in slot `p % (window + margin)`.
+
+    It takes any number of tokens and goes on holding the last `window + margin` of each row. Positions count all tokens
+    that were appended, and `first` tells where the view begins.
+
+    Queries of a chunk that is longer than `margin + 1` see keys that this cache does not go on holding: attend to what
+    `extend` returns, which for such a chunk is the window before it and the chunk. Layers do.
+
+    Args:
+        batch_size: rows.
+        num_kv_heads: heads of keys and values.
+        window: keys that a query may see, its own included, in tokens.
+        head_dim: size of a key.
+        v_head_dim: size of a value; None: `head_dim`.
+        margin: tokens that are held beyond the window, so that as many can be cropped again (speculative decoding).
+        dtype: of keys and values.
+        device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        window: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        margin: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_least("window", window, 1)
+        check_least("margin", margin, 0)
+        super().__init__(batch_size, num_kv_heads, sys.maxsize, head_dim, v_head_dim, dtype, device)
+        self.window, self.margin, self.reach = window, margin, window
+        sizes = (self.head_dim, self.v_head_dim)
+        k, v = (Storage(batch_size, num_kv_heads, window + margin, n, self.dtype, self.device) for n in sizes)
+        self._ring = Ring(k, v)
+
+    @property
+    def first(self) -> int | Tensor:
+        gap = self._rows.value() - self._ring.kept.value()
+        return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0)
+
+    @property
+    def kept(self) -> int:
+        return self._ring.kept.shortest
+
+    def extend(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> KeyValues:
+        """Append, and give what queries of these tokens attend to.
+
+        Returns:
+            the cache itself if S is at most `margin + 1`, else the window before and the S tokens, in memory of their
+            own that lives as long as it is referred to.
+        """
+        counts = self._check_new(k, v, lengths)
+        new = k.shape[2]
+        if new <= self.margin + 1:
+            self.append(k, v, lengths)
+            return self
+        first, before = self.first, self.row_lengths()
+        keys, values = k.detach(), v.detach()
+        if self.length > 0:
+            held = [min(row, kept) for row, kept in zip(before, self._ring.kept.host(), strict=True)]
+            both = ContiguousCache(
+                self.batch_size,
+                self.num_kv_heads,
+                max(held) + new,
+                self.head_dim,
+                self.v_head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            both.append(*self.view(), None if len(set(held)) == 1 else torch.tensor(held))
+            both.append(keys, values, lengths)
+            keys, values = both.view()
+        self.append(k, v, lengths)
+        rows = RowLengths(self.batch_size, self.device)
+        rows.set([row + count for row, count in zip(before, counts or [new] * self.batch_size, strict=True)])
+        return _Seen(keys, values, rows, first, self.window + new - 1)
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keep at most the first `length` tokens of each row; `[B]` integers: `length[b]` of row b.
+
+        Raises:
+            ValueError: for a row that has dropped tokens and would be left with less than `window`: `margin` tokens can
+                be cropped, and again as many as have been appended since; or all, with `length` 0. Nothing has changed
+                then.
+        """
+        super().crop(length)
+
+    def _storages(self) -> tuple[Storage, ...]:
+        return self._ring.k, self._ring.v
+
+    def _write(self, k: Tensor, v: Tensor, counts: list[int] | None) -> None:
+        self._ring.write(k, v, self._rows.value(), counts)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        kept = self._ring.kept
+        if kept.uniform:
+            count = min(self.length, kept.shortest)
+        else:
+            count = max(min(row, held) for row, held in zip(self.row_lengths(), kept.host(), strict=True))
+        return self._ring.read(self.first, count)
+
+    def _move(self, indices: Tensor, in_place: bool) -> None:
+        self._ring.take(indices, in_place)
+
+    def _shrink(self, ends: list[int]) -> None:
+        before, held = self.row_lengths(), self._ring.kept.host()
+        kept = self._ring.kept_after(before, ends)
+        for row, (old, end, count) in enumerate(zip(before, ends, kept, strict=True)):
+            if count < self.window:
+                least = old - held[row] + self.window
+                raise ValueError(
+                    f"length is {end} for row {row}, which has {old} tokens and has dropped the older ones: with window "
+                    f"{self.window} and margin {self.margin} it can be cropped to {least} or more now, or to 0"
+                )
+        self._ring.kept.set(kept)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the queries of a long chunk attend to: keys and values of positions `first` and on."""
+
+    k: Tensor
+    v: Tensor
+    rows: RowLengths
+    first: int | Tensor
+    kept: int
+
+    @property
+    def length(self) -> int:
+        return self.rows.longest
+
+    @property
+    def uniform(self) -> bool:
+        return self.rows.uniform
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.rows.tensor()
+
+    def row_lengths(self) -> list[int]:
+        return self.rows.host()
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
