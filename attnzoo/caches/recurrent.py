@@ -211,8 +211,7 @@ class RecurrentStateCache(Cache):
         self._state = State(s.index_select(0, indices), None if z is None else z.index_select(0, indices))
         self.batch_size = len(indices)
         for rows in (self._rows, self._summed):
-            before = rows.host()
-            rows.set([before[0]] * len(indices) if rows.uniform else [before[index] for index in indices.tolist()])
+            rows.take(indices)
 
     def repeat(self, count: int) -> None:
         if count < 1:

@@ -47,13 +47,13 @@ def token_by_token(
     return out, torch.stack(sums[::group]), torch.stack(totals[::group])
 
 
-def all_to_all(q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool) -> Tensor:
+def all_to_all(q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool, scale: float) -> Tensor:
     """Every query of one row against every key."""
     group, outs = q.shape[0] // k.shape[0], []
     for h in range(q.shape[0]):
         weights = MAPS[feature_map](q[h]) @ MAPS[feature_map](k[h // group]).T
-        total = weights.sum(-1, keepdim=True) if normalize else q.shape[-1] ** 0.5
-        outs.append(weights @ v[h // group] / total)
+        weights = weights / weights.sum(-1, keepdim=True) if normalize else weights * scale
+        outs.append(weights @ v[h // group])
     return torch.stack(outs)
 
 

@@ -151,7 +151,7 @@ def test_without_causality_every_query_reads_every_key(form: str, q_len: int, k_
     if k_len == 0:
         assert (out == 0).all()
         return
-    want = torch.stack([all_to_all(*row, "elu", normalize) for row in zip(q, k, v, strict=True)])
+    want = torch.stack([all_to_all(*row, "elu", normalize, 5**-0.5) for row in zip(q, k, v, strict=True)])
     close(out, want)
     close(gradients([out], [q, k, v]), gradients([want], [q, k, v]))
     # Keys in two calls, the first's summed up: with gradients through the state.
@@ -160,7 +160,7 @@ def test_without_causality_every_query_reads_every_key(form: str, q_len: int, k_
     close(split, want)
     close(gradients([split], [q, k, v]), gradients([want], [q, k, v]))
     short = ops.linear_attention(q, k, v, **options, key_lengths=torch.tensor([3, k_len]))
-    close(short[0], all_to_all(q[0], k[0, :, :3], v[0, :, :3], "elu", normalize))
+    close(short[0], all_to_all(q[0], k[0, :, :3], v[0, :, :3], "elu", normalize, 5**-0.5))
 
 
 @pytest.mark.parametrize("form", ["reference", "chunked"])
