@@ -37,7 +37,7 @@ def naive_layer(
             scores = layer.softcap * torch.tanh(scores / layer.softcap)
         if context is None and layer.mask is not None:
             i, j = torch.arange(len(x))[:, None], torch.arange(len(x))[None, :]
-            scores = scores.masked_fill(~layer.mask.visible(i, j), -torch.inf)
+            scores = scores.masked_fill(~layer.mask.head(h).visible(i, j), -torch.inf)
         heads.append(torch.softmax(scores, dim=-1) @ v_h)
     return torch.cat(heads, dim=-1) @ layer.o_proj.weight.T + (0 if layer.o_proj.bias is None else layer.o_proj.bias)
 
