@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.caches import Cache
-from attnzoo.layers.inputs import check_inputs, zero_padding
+from attnzoo.layers.inputs import check_inputs, check_positions, check_reach, zero_padding
 from attnzoo.layers.latent_inputs import Form, absorbed_costs_less, check_latent_call, check_latent_sizes, latent_scale
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal, Mask
 from attnzoo.ops import attention, decode, latent_decode
+from attnzoo.ops.decoding import KeyValues
 from attnzoo.ops.latent import Held
 
 
@@ -100,7 +101,7 @@ class MultiHeadLatentAttention(nn.Module):
             x: `[B, S, dim]`.
             context: refused; rope keys are positions, so there is no cross-attention.
             positions: `[S]`, `[1, S]` or `[B, S]` integers, for the rotation only; the mask counts tokens. None: from 0
-                in each row and document, or on from what the cache holds.
+                in each row and document, or on from what the cache holds. With a cache they must rise along a row.
             key_lengths: `[B]` integers, how many of x's tokens are real; the rest is right padding, which no real token
                 sees and no cache keeps.
             cu_seqlens: `[N + 1]` int32, starts and end of documents packed into one row (B == 1), which do not see one
@@ -119,6 +120,10 @@ class MultiHeadLatentAttention(nn.Module):
         check_inputs(self.dim, x, None, positions, key_lengths, cu_seqlens, cache is not None)
         dropout = self.dropout if self.training else 0.0
         check_latent_call(context, form, cache, (x.shape[0], 1, self.kv_lora_rank, self.qk_rope_head_dim), dropout)
+        if cache is not None:
+            check_reach(cache, self.mask)
+            if positions is not None:
+                check_positions(positions, key_lengths, cache)
         x = zero_padding(x, key_lengths, cu_seqlens)
         q_nope, q_rope = self.project_q(x)
         latent, rope_key = self.project_kv(x)
@@ -128,8 +133,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             starts = cache.length if cache.uniform else cache.lengths
             absorbed = self._absorbs(form, x.shape[1], cache.length)
-            cache.append(latent, rope_key, key_lengths)
-            return self.merge(self._decode(q_nope, q_rope, cache, starts, absorbed))
+            seen = cache.extend(latent, rope_key, key_lengths)
+            return self.merge(self._decode(q_nope, q_rope, seen, starts, absorbed))
         if form == "absorbed":
             q_nope, k = self.absorb(q_nope), torch.cat([latent, rope_key], dim=-1)
             v = k  # wider than a latent, but PyTorch's fused kernels want values as wide as keys
@@ -184,9 +189,9 @@ class MultiHeadLatentAttention(nn.Module):
             return form == "absorbed"
         return absorbed_costs_less(new, held + new, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim)
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor, cache: Cache, starts: int | Tensor, absorbed: bool) -> Tensor:
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, seen: KeyValues, starts: int | Tensor, absorbed: bool) -> Tensor:
         if absorbed:
             q = self.absorb(q_nope)
-            return self.unabsorb(latent_decode(q, q_rope, cache, mask=self.mask, scale=self.scale, starts=starts))
-        held = Held(cache, *self.expand(*cache.view()))
+            return self.unabsorb(latent_decode(q, q_rope, seen, mask=self.mask, scale=self.scale, starts=starts))
+        held = Held(seen, *self.expand(*seen.view()))
         return decode(torch.cat([q_nope, q_rope], dim=-1), held, mask=self.mask, scale=self.scale, starts=starts)

@@ -86,6 +86,7 @@ def test_any_sequence_of_operations_leaves_what_a_list_of_rows_would_hold(data: 
 def test_it_takes_one_latent_and_one_rope_key_a_token_and_no_byte_more(dtype: torch.dtype) -> None:
     cache = LatentCache(4, 100, 512, 64, dtype=dtype)
     assert cache.nbytes == (512 + 64) * dtype.itemsize * 4 * 100
+    assert cache.bytes_per_token == (512 + 64) * dtype.itemsize
     held: dict[int, int] = {}
     seen: set[int] = set()
 
@@ -95,7 +96,9 @@ def test_it_takes_one_latent_and_one_rope_key_a_token_and_no_byte_more(dtype: to
         seen.add(id(thing))
         if isinstance(thing, Tensor):
             held[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        for part in thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ():
+        for part in (
+            thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        ):
             walk(part)
 
     walk(cache)
@@ -129,12 +132,12 @@ def test_what_is_appended_is_a_copy_without_its_graph() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latent": torch.ones(2, 1, 1, RANK)}, r"latent has shape \[2, 1, 1, 5\]; this cache takes \[3, 1, S, 5\]"),
-        ({"latent": torch.ones(3, 1, 1, RANK + 1)}, "latent has shape"),
-        ({"latent": torch.ones(3, 1, RANK)}, "latent has shape"),
-        ({"rope_key": torch.ones(3, 2, 1, ROPE)}, "rope_key has shape"),
-        ({"rope_key": torch.ones(3, 1, 2, ROPE)}, "rope_key has shape"),
-        ({"rope_key": torch.ones(3, 1, 1, ROPE).bfloat16()}, "rope_key is torch.bfloat16"),
+        ({"k": torch.ones(2, 1, 1, RANK)}, r"k has shape \[2, 1, 1, 5\]; this cache takes \[3, 1, S, 5\]"),
+        ({"k": torch.ones(3, 1, 1, RANK + 1)}, "k has shape"),
+        ({"k": torch.ones(3, 1, RANK)}, "k has shape"),
+        ({"v": torch.ones(3, 2, 1, ROPE)}, "v has shape"),
+        ({"v": torch.ones(3, 1, 2, ROPE)}, "v has shape"),
+        ({"v": torch.ones(3, 1, 1, ROPE).bfloat16()}, "v is torch.bfloat16"),
         ({"lengths": torch.tensor([0, 1, 2])}, r"lengths is \[0, 1, 2\]; each must be from 0 to 1"),
     ],
 )
@@ -142,7 +145,7 @@ def test_tokens_that_do_not_fit_are_refused_and_nothing_is_written(change: dict[
     cache = new_cache()
     latent, rope_key = new_tokens(3, 1)
     with pytest.raises(ValueError, match=message):
-        cache.append(**{"latent": latent, "rope_key": rope_key, **change})
+        cache.append(**{"k": latent, "v": rope_key, **change})
     assert cache.length == 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from attnzoo.caches import ContiguousCache
+from attnzoo.caches import Cache, ContiguousCache, Int8Cache, PagedCache, RollingCache
 from attnzoo.masks import Causal, SlidingWindow
 from tests.layers.latent import DIM, FORMS, RANK, ROOM, ROPE, close, make, new_cache, tokens
 from tests.support.compare import assert_as_accurate
@@ -60,11 +60,30 @@ def test_right_padded_prompts_and_chunks_then_steps_equal_each_row_alone(data: s
         assert cache.row_lengths() == seen
 
 
-def test_other_caches_of_the_same_shape_do_the_same() -> None:
-    layer, x = make(), tokens(2, 8)
-    cache = ContiguousCache(2, 1, 8, RANK, ROPE, dtype=torch.float64)
-    steps = [layer(x[:, :4], cache=cache), *(layer(x[:, t : t + 1], cache=cache) for t in range(4, 8))]
-    close(torch.cat(steps, dim=1), layer(x))
+@pytest.mark.parametrize("form", FORMS)
+def test_other_caches_of_one_head_do_the_same(form: Any) -> None:
+    layer, x, sizes = make(mask=SlidingWindow(5)), tokens(2, 24), (RANK, ROPE)
+    caches: list[tuple[Cache, float]] = [
+        (ContiguousCache(2, 1, 24, *sizes, dtype=torch.float64), 1e-12),
+        (PagedCache(2, 1, 8, *sizes, page_size=16, dtype=torch.float64), 1e-12),
+        (RollingCache(2, 1, 5, *sizes, dtype=torch.float64), 1e-12),
+        (Int8Cache(2, 1, 24, *sizes, residual=2, dtype=torch.float64), 0.02),
+    ]
+    for cache, tolerance in caches:
+        cuts = [0, 9, 15, 16, 17, 20, *range(21, 25)]  # chunks longer than the window among them
+        parts = [layer(x[:, a:b], cache=cache, form=form) for a, b in pairwise(cuts)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), layer(x), rtol=0, atol=tolerance)
+
+
+def test_a_cache_that_drops_what_the_mask_shows_and_positions_that_go_back_are_refused() -> None:
+    layer, x, cache = make(), tokens(1, 4), RollingCache(1, 1, 5, RANK, ROPE, dtype=torch.float64)
+    with pytest.raises(ValueError, match="cache holds what a query needs to see 5 keys"):
+        layer(x, cache=cache)
+    held = new_cache(1)
+    layer(x, cache=held)
+    with pytest.raises(ValueError, match="positions go back"):
+        layer(x, cache=held, positions=torch.tensor([3, 4, 5, 6]))
+    assert cache.length == 0 and held.length == 4
 
 
 def test_given_positions_rotate_what_is_appended() -> None:

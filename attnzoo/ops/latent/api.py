@@ -32,7 +32,7 @@ def latent_decode(
         q_latent: `[B, H, Sq, R]`, queries with the keys' up-projection absorbed; R is `kv_lora_rank`.
         q_rope: `[B, H, Sq, Dr]`, rotated queries; Dr is `qk_rope_head_dim`.
         cache: latents `[B, 1, n, R]` in the place of keys, rope keys `[B, 1, n, Dr]` in the place of values, those of
-            the queries' own tokens among them.
+            the queries' own tokens among them. After a chunk into a rolling cache, what its `extend` returned.
         scale: of the scores. It has no default: the size of the heads before the absorption is not known here.
         mask: by absolute positions; None: every token of the row is visible.
         starts: position of each row's first query, one for all or `[B]` int64: the lengths before the append. None:
@@ -42,7 +42,8 @@ def latent_decode(
         `[B, H, Sq, R]`, of q_latent's dtype, still to be up-projected to values; a query that sees no token gives 0.
 
     Raises:
-        ValueError: for shapes that do not fit the cache, or queries that are not the last tokens of the cache.
+        ValueError: for shapes that do not fit the cache, queries that are not the last tokens of the cache, or a mask
+            that reaches further back than the cache has kept tokens.
     """
     _check(q_latent, q_rope, cache)
     rank = q_latent.shape[-1]
