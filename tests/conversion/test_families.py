@@ -137,7 +137,13 @@ def test_a_window_in_the_config_is_the_window_of_the_mask(model_type, mask):
 
 @pytest.mark.parametrize(
     ("model_type", "mask"),
-    [("llama", SlidingWindow(3)), ("gpt2", SlidingWindow(3)), ("gemma3_text", Causal()), ("mistral", Full())],
+    [
+        ("llama", SlidingWindow(3)),
+        ("gpt2", SlidingWindow(3)),
+        ("gemma3_text", Causal()),
+        ("mistral", Full()),
+        ("mistral", SlidingWindow(3, 2)),
+    ],
 )
 def test_a_mask_that_the_class_has_not_is_refused(model_type, mask):
     with pytest.raises(Refusal, match="swap"):
