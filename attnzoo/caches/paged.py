@@ -19,8 +19,8 @@ class PagedCache(TokenCache):
     The table, `[B, max_pages]` int32, is on the cache's device for kernels and gathers to read; which page is whose is
     decided on the host, so appends wait for nothing. Entries of the table past a row's last page hold anything.
 
-    Rows share pages after `fork`, `repeat`, `reorder`, `select` and `adopt`, none of which copies keys or values. Before
-    a row writes into a page that others hold too, it gets a copy of its own.
+    Rows share pages after `fork`, `repeat`, `reorder`, `select` and `adopt`, none of which copies keys or values.
+    Before a row writes into a page that others hold too, it gets a copy of its own.
 
     Pages are taken when tokens come, which is work on the host. `reserve` takes them beforehand: appends within what is
     reserved touch nothing but tensors, and under torch.compile all of them can be the same graph.

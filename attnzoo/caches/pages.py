@@ -28,9 +28,8 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """`count` free pages, now held once each. OutOfPages, and nothing has changed, if there are fewer."""
         if count > self.free:
-            raise OutOfPages(
-                f"out of pages: {count} more are needed, and {self.free} of {len(self.references)} are free"
-            )
+            total = len(self.references)
+            raise OutOfPages(f"out of pages: {count} more are needed, and {self.free} of {total} are free")
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self.references[page] = 1

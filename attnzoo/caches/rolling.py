@@ -132,7 +132,7 @@ class RollingCache(TokenCache):
             if count < self.window:
                 least = old - held[row] + self.window
                 raise ValueError(
-                    f"length is {end} for row {row}, which has {old} tokens and has dropped the older ones: with window "
+                    f"length is {end} for row {row}, which has {old} tokens and has dropped its oldest: with window "
                     f"{self.window} and margin {self.margin} it can be cropped to {least} or more now, or to 0"
                 )
         self._ring.kept.set(kept)

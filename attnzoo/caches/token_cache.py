@@ -139,7 +139,7 @@ class TokenCache(Cache):
     def _move(self, indices: Tensor, in_place: bool) -> None:
         """Row b becomes what row `indices[b]` was; the lengths and the batch size are still those before."""
 
-    def _shrink(self, ends: list[int]) -> None:  # noqa: B027
+    def _shrink(self, ends: list[int]) -> None:
         """Make the rows end at `ends`; the lengths are still those before. Raises before anything has changed."""
 
     def _crop(self, ends: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attnzoo.caches import Cache
-from attnzoo.layers.inputs import check_cache, check_inputs, check_reach, check_sizes, zero_padding
+from attnzoo.layers.inputs import check_cache, check_inputs, check_positions, check_reach, check_sizes, zero_padding
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal, Mask
@@ -79,7 +79,7 @@ class GroupedQueryAttention(nn.Module):
                 cache they are projected at the first call; a cache that is not empty is used as it stands, and
                 `context` and `key_lengths` are not read then.
             positions: `[S]`, `[1, S]` or `[B, S]` integers, for the rotation only; the mask counts tokens. None: from 0
-                in each row and document, or on from what the cache holds.
+                in each row and document, or on from what the cache holds. With a cache they must rise along a row.
             key_lengths: `[B]` integers, how many of x's tokens (of the context's, if there is one) are real; the rest
                 is right padding, which no real token sees and no cache keeps.
             cu_seqlens: `[N + 1]` int32, starts and end of documents packed into one row (B == 1), which do not see one
@@ -98,6 +98,8 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             check_cache(cache, x.shape[0], self.num_kv_heads, self.head_dim)
             check_reach(cache, self.mask if context is None else None)
+            if positions is not None:
+                check_positions(positions, key_lengths, cache)
         if context is not None:
             return self.merge(self._cross(x, context, key_lengths, cache))
         x = zero_padding(x, key_lengths, cu_seqlens)

@@ -99,6 +99,23 @@ def check_reach(cache: Cache, mask: Mask | None) -> None:
         raise ValueError(f"cache holds what a query needs to see {cache.reach} keys; with mask {mask} it sees {sees}")
 
 
+def check_positions(positions: Tensor, key_lengths: Tensor | None, cache: Cache) -> None:
+    """ValueError for positions that do not rise along a row's tokens, as a cache takes them; on the CPU only."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    at, before = positions.expand(cache.batch_size, -1), cache.lengths.unsqueeze(1)
+    # Where the cache's positions rose from 0 or more, what is less than their number goes back behind the last of them.
+    back = torch.cat([at[:, :1] < before, at.diff(dim=1) <= 0], dim=1)
+    if key_lengths is not None:
+        back &= torch.arange(at.shape[1]) < key_lengths.unsqueeze(1)
+    if back.any():
+        row, token = back.nonzero()[0].tolist()
+        raise ValueError(
+            f"positions go back: row {row} has {at[row].tolist()} after {int(before[row])} tokens in the cache; "
+            f"they must rise from token to token (token {token} does not)"
+        )
+
+
 def packed_positions(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Each token's place in its document, and that document's length, both `[length]`."""
     at = torch.arange(length, device=cu_seqlens.device)
