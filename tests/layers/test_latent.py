@@ -14,7 +14,7 @@ import attnzoo
 from attnzoo.caches import ContiguousCache, LatentCache
 from attnzoo.layers import MultiHeadLatentAttention, RotaryEmbedding
 from attnzoo.layers.latent_inputs import absorbed_costs_less
-from attnzoo.masks import Causal, Full, SlidingWindow
+from attnzoo.masks import Causal, Full, PerHead, SlidingWindow
 from attnzoo.specs import MLA, spec_from_dict
 from tests.layers.latent import DIM, FORMS, HEADS, NOPE, RANK, ROPE, VALUE, close, make, new_cache, tokens
 from tests.layers.naive import naive_norm, rotate
@@ -42,10 +42,10 @@ def naive(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor | None =
     kv, rope_key = linear(layer.kv_b_proj, norm(layer.kv_a_layernorm, low[:, :RANK])), turn(low[:, RANK:])
     i, j = torch.arange(len(x))[:, None], torch.arange(len(x))[None, :]
     heads = []
-    for q_h, kv_h in zip(q.chunk(HEADS, -1), kv.chunk(HEADS, -1), strict=True):
+    for h, (q_h, kv_h) in enumerate(zip(q.chunk(HEADS, -1), kv.chunk(HEADS, -1), strict=True)):
         scores = (q_h[:, :NOPE] @ kv_h[:, :NOPE].T + turn(q_h[:, NOPE:]) @ rope_key.T) * layer.scale
         if layer.mask is not None:
-            scores = scores.masked_fill(~layer.mask.visible(i, j), -torch.inf)
+            scores = scores.masked_fill(~layer.mask.head(h).visible(i, j), -torch.inf)
         heads.append(torch.softmax(scores, -1) @ kv_h[:, NOPE:])
     return linear(layer.o_proj, torch.cat(heads, -1))
 
@@ -55,6 +55,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"q_lora_rank": None, "rope": None, "mask": None},
     {"bias": True, "rope": RotaryEmbedding(ROPE, base=100.0), "mask": SlidingWindow(3)},
     {"bias": True, "q_lora_rank": None, "norm": False, "mask": Full()},
+    {"mask": PerHead((SlidingWindow(2), Causal(), SlidingWindow(4)))},
     {"norm": False, "scale": 0.3, "mask": SlidingWindow(1) | SlidingWindow(5) & Causal()},
 ]
 
@@ -213,6 +214,7 @@ def test_the_layer_compiles_into_one_graph(kind: str, form: Any) -> None:
         ({"v_head_dim": -1}, "v_head_dim is -1"),
         ({"rope": RotaryEmbedding(8)}, "rope has head_dim 8; the layer's qk_rope_head_dim is 4"),
         ({"mask": "causal"}, "mask is a str"),
+        ({"mask": PerHead((Causal(), SlidingWindow(2)))}, "mask is made for 2 heads; num_heads is 3"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )

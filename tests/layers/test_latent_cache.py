@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnzoo.caches import Cache, ContiguousCache, Int8Cache, PagedCache, RollingCache
-from attnzoo.masks import Causal, SlidingWindow
+from attnzoo.masks import Causal, PerHead, SlidingWindow
 from tests.layers.latent import DIM, FORMS, RANK, ROOM, ROPE, close, make, new_cache, tokens
 from tests.support.compare import assert_as_accurate
+
+MASKS = [Causal(), SlidingWindow(4), PerHead((SlidingWindow(2), Causal(), SlidingWindow(4)))]
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     cuts=st.sets(st.integers(1, 29), max_size=9),
     forms=st.lists(st.sampled_from(FORMS), min_size=10, max_size=10),
-    mask=st.sampled_from([Causal(), SlidingWindow(4)]),
+    mask=st.sampled_from(MASKS),
     wasted=st.lists(st.integers(0, 4), min_size=10, max_size=10),
 )
 def test_any_cut_into_prefill_chunks_steps_and_rejected_guesses_gives_the_whole(
@@ -39,7 +41,7 @@ def test_any_cut_into_prefill_chunks_steps_and_rejected_guesses_gives_the_whole(
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_right_padded_prompts_and_chunks_then_steps_equal_each_row_alone(data: st.DataObject) -> None:
-    layer = make(mask=data.draw(st.sampled_from([Causal(), SlidingWindow(3)])))
+    layer = make(mask=data.draw(st.sampled_from(MASKS)))
     lengths = st.lists(st.integers(0, 18), min_size=3, max_size=3)
     chunks = [data.draw(lengths), *data.draw(st.lists(lengths, max_size=2)), [1] * 3, [2] * 3]
     rows, cache, seen = tokens(3, ROOM), new_cache(3, room=ROOM + 4), [0, 0, 0]
