@@ -78,7 +78,8 @@ class RollingCache(TokenCache):
             self.append(k, v, lengths)
             return self
         first, before = self.first, self.row_lengths()
-        keys, values = k.detach(), v.detach()
+        added = [new] * self.batch_size if counts is None else counts
+        keys, values = k.detach()[:, :, : max(added)], v.detach()[:, :, : max(added)]
         if self.length > 0:
             held = [min(row, kept) for row, kept in zip(before, self._ring.kept.host(), strict=True)]
             both = ContiguousCache(
@@ -95,7 +96,7 @@ class RollingCache(TokenCache):
             keys, values = both.view()
         self.append(k, v, lengths)
         rows = RowLengths(self.batch_size, self.device)
-        rows.set([row + count for row, count in zip(before, counts or [new] * self.batch_size, strict=True)])
+        rows.set([row + count for row, count in zip(before, added, strict=True)])
         return _Seen(keys, values, rows, first, self.window + new - 1)
 
     def crop(self, length: int | Tensor) -> None:

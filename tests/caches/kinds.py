@@ -18,6 +18,7 @@ from attnzoo.masks import Causal, Mask, SlidingWindow
 
 HEADS, ROOM, K_SIZE, V_SIZE = 2, 80, 4, 3
 WINDOW, MARGIN, RESIDUAL, PAGES = 7, 4, 9, 12
+CAUSAL = Causal()
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Kind:
     """A cache and what is special about it."""
 
     make: Callable[..., TokenCache]
-    mask: Mask = Causal()
+    mask: Mask = CAUSAL
     ring: int | None = None  # slots of the ring that holds tokens as they came
     symmetric: bool = True
 
@@ -52,15 +53,15 @@ KINDS = {
     ),
     "paged": Kind(_paged(PagedCache)),
     "int8": Kind(
-        lambda **options: Int8Cache(**{"max_length": ROOM, "residual": RESIDUAL, **options}), Causal(), RESIDUAL
+        lambda **options: Int8Cache(**{"max_length": ROOM, "residual": RESIDUAL, **options}), CAUSAL, RESIDUAL
     ),
     "asymmetric int8": Kind(
         lambda **options: Int8Cache(**{"max_length": ROOM, "residual": 0, "symmetric": False, **options}),
-        Causal(),
+        CAUSAL,
         0,
         False,
     ),
-    "paged int8": Kind(_paged(PagedInt8Cache), Causal(), RESIDUAL),
+    "paged int8": Kind(_paged(PagedInt8Cache), CAUSAL, RESIDUAL),
 }
 
 
@@ -153,7 +154,7 @@ def assert_holds(cache: TokenCache, rows: list[Row], kind: Kind) -> None:
     assert (cache.length, cache.batch_size) == (max(lengths), len(rows))
     assert cache.uniform == (len(set(lengths)) == 1)
     keys, values = cache.view()
-    firsts = [row.since if kind.mask != Causal() else 0 for row in rows]
+    firsts = [row.since if kind.mask != CAUSAL else 0 for row in rows]
     first = cache.first
     assert (first.tolist() if isinstance(first, Tensor) else [first] * len(rows)) == firsts
     shown = max(length - at for length, at in zip(lengths, firsts, strict=True))
