@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from attnzoo.masks.base import Mask
@@ -18,7 +19,7 @@ def draw(mask: Mask, path: str | Path, q_len: int, k_len: int) -> None:
     heads = mask.heads or 1
     columns = min(heads, _PANELS)
     rows = -(-heads // columns)
-    figure = Figure(figsize=(5 * columns, rows * (5 * q_len / k_len + 0.8)), layout="constrained")
+    figure = Figure(figsize=(5 * columns, rows * (5 * q_len / k_len + 1)), layout="constrained")
     for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if number >= heads:
             axes.axis("off")
@@ -26,7 +27,8 @@ def draw(mask: Mask, path: str | Path, q_len: int, k_len: int) -> None:
         visible = mask.head(number).dense(q_len, k_len)
         axes.imshow(visible.int().numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal")
         axes.set(xlabel="key", ylabel="query")
-        axes.set_title(f"{mask.head(number)}\n{visible.float().mean():.1%} of the pairs visible", fontsize=9, wrap=True)
+        name = textwrap.fill(str(mask.head(number)), 60, max_lines=3)
+        axes.set_title(f"{name}\n{visible.float().mean():.1%} of the pairs visible", fontsize=9)
         if max(q_len, k_len) <= 64:
             axes.set_xticks([x - 0.5 for x in range(1, k_len)], minor=True)
             axes.set_yticks([y - 0.5 for y in range(1, q_len)], minor=True)

@@ -26,10 +26,10 @@ class RandomBlocks(Mask):
     hash of (seed, a, stretch): no table, and the same on every device.
 
     per_row 1, block 1:    per_row 1, block 1, length 4:
-    0 0 0 0                0 0 1 0
-    1 0 0 0                1 0 0 0
+    0 0 0 0                0 0 0 1
+    1 0 0 0                0 0 1 0
     0 1 0 0                0 0 0 1
-    1 0 0 0                1 0 0 0
+    0 1 0 0                0 1 0 0
 
     Args:
         per_row: blocks drawn for each block of queries; at least 0.

@@ -95,9 +95,9 @@ def computed(mask: Mask, q_len: int, k_len: int) -> int:
         (Dilated(64, 8), 2.01),
         (Dilated(128, 8, ahead=16), 2.6),
         (Dilated(32, 30), 2.4),
-        (longformer(512, 1), 1.3),
-        (longformer(256, (0, 100, 2500)), 1.6),
-        (longformer(128, (0, 3000), dilation=8), 2.8),
+        (longformer(512, 1), 1.25),
+        (longformer(256, (0, 100, 2500)), 1.52),
+        (longformer(128, (0, 3000), dilation=8), 2.6),
         (longformer(512, 4, causal=True), 1.3),
         (RandomBlocks(3, 16), 1.01),
         (RandomBlocks(3, 64, length=4096), 1.01),
@@ -141,7 +141,7 @@ def test_memory_is_linear_up_to_64k_tokens_forward_and_backward(make) -> None:
         assert all(g.isfinite().all() for g in (out, lse, *grads))
         largest[length] = seen.largest
     assert largest[65536] <= 4.1 * largest[16384]
-    assert largest[65536] <= 64 * 65536 * 8  # the mask of one row of tiles: 64 queries, all keys, in int64
+    assert largest[65536] <= 64 * 65536 * 4  # the scores of a block of global queries over all keys, in fp32
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
