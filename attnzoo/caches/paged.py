@@ -150,12 +150,13 @@ class PagedCache(TokenCache):
         self._v.write(pages, slots, at.of(v))
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        count = self._count(self.length)
-        pages = self.table[:, :count].long()
+        # Token by token, not page by page: shapes then follow from the length alone, for torch.compile's sake.
+        positions = torch.arange(self.length, device=self.device)
+        pages = self.table[:, positions // self.page_size].long()  # [B, n]
         if not self.uniform:
-            starts = torch.arange(count, device=self.device) * self.page_size
-            pages = torch.where(starts < self.lengths.unsqueeze(1), pages, 0)
-        return self._k.read_blocks(pages)[:, :, : self.length], self._v.read_blocks(pages)[:, :, : self.length]
+            pages = torch.where(positions < self.lengths.unsqueeze(1), pages, 0)
+        slots = positions.unsqueeze(0) % self.page_size
+        return self._k.read(pages, slots), self._v.read(pages, slots)
 
     def _move(self, indices: Tensor, in_place: bool) -> None:
         lengths = self.row_lengths()

@@ -64,10 +64,6 @@ class Storage:
         """The first `count` slots of all blocks, `[blocks, Hk, count, dim]`; not copied where kept as they are."""
         return self.decode(tuple(part[:, :, :count] for part in self.parts))
 
-    def read_blocks(self, blocks: Tensor) -> Tensor:
-        """Whole blocks `[B, n]` one after another: `[B, Hk, n * size, dim]`, a copy."""
-        return self.decode(tuple(part[blocks].transpose(1, 2).flatten(2, 3) for part in self.parts))
-
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Make blocks `targets` equal to blocks `sources`."""
         for part in self.parts:

@@ -88,7 +88,7 @@ def start(kind: Kind, window: bool = False, rows: int = 3) -> Session:
 
 @pytest.mark.parametrize("window", [False, True], ids=["causal", "window"])
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_cut_and_any_move_of_rows_gives_each_row_what_one_full_pass_gives(
     name: str, window: bool, data: st.DataObject
@@ -141,30 +141,28 @@ def test_a_left_padded_batch_is_turned_around_and_decodes_as_each_row_alone(name
         to_right_padding(left, lengths[:2])
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "ragged"), [("rolling", False), ("rolling", True), ("paged", True), ("int8", False)])
 def test_compiled_steps_are_one_graph_that_serves_all_later_steps(name: str, ragged: bool) -> None:
     session = start(KINDS[name], rows=2)
     session.feed([12, 5] if ragged else [12, 12])
     if isinstance(session.cache, PagedCache):
-        session.cache.reserve(24)
+        session.cache.reserve(16)
     torch._dynamo.reset()
     graphs, plain = CompileCounterWithBackend("aot_eager"), session.layer
     session.layer = torch.compile(plain, fullgraph=True, backend=graphs)  # type: ignore[assignment]
     counts = []
-    for _ in range(20):
+    for _ in range(14):
         session.feed([1, 1])
         counts.append(graphs.frame_count)
-    assert counts[-1] <= 4 and counts[9:] == counts[9:10] * 11
+    assert counts[-1] <= 3 and counts[3:] == counts[3:4] * 11
 
 
-@pytest.mark.parametrize("name", ["paged", "paged int8"])
-def test_compiled_steps_into_new_pages_stay_right(name: str) -> None:
-    session = start(KINDS[name], rows=2)
+def test_compiled_steps_into_new_pages_stay_right() -> None:
+    session = start(KINDS["paged int8"], rows=2)
     session.feed([14, 14])
     torch._dynamo.reset()
     session.layer = torch.compile(session.layer, fullgraph=True, backend="aot_eager")  # type: ignore[assignment]
-    for _ in range(6):
+    for _ in range(4):
         session.feed([1, 1])
 
 
