@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def choose_precision(precision: str, accelerator: str) -> str:
     else:
         fast = False
     return "bf16-mixed" if fast else "32-true"
+
+
+@contextmanager
+def as_trained(config: Mapping[str, Any]) -> Iterator[str]:
+    """Inside it a model computes in the precision of training; the value is the kind of device that trains."""
+    on_gpu = config["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=config["precision"] == "bf16-mixed"):
+        yield device
 
 
 def prepare_for_training(model: PreTrainedModel, *, train: str, gradient_checkpointing: bool, compile: bool) -> None:

@@ -29,6 +29,7 @@ from recipes.module import Uptraining
 from recipes.report import write_report
 from recipes.run_folder import RunFolder, git_commit
 from recipes.trainer import (
+    as_trained,
     build_loggers,
     build_trainer,
     choose_precision,
@@ -83,8 +84,8 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
         if name not in run.evaluations:
             log.info("evaluating the %s model", name)
             model = load_model({**config.model, "path": str(folder)})
-            device = "cpu" if config.trainer.accelerator == "cpu" else None
-            run.add(evaluate(model, data.val_batches(), name=name, speed=config.speed, device=device))
+            with as_trained(config.trainer) as device:
+                run.add(evaluate(model, data.val_batches(), name=name, speed=config.speed, device=device))
 
     if convert and not start.is_dir():
         log.info("converting %s to %s", source, spec)

@@ -2,12 +2,13 @@
 
 import math
 import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from recipes.checkpointing import SafetensorsIO, last_checkpoint
+from recipes.checkpointing import Checkpoints, SafetensorsIO, last_checkpoint
 from recipes.length import training_steps
 from recipes.optim import adamw, learning_rate_factor
 from recipes.trainer import choose_precision, world_size
@@ -137,6 +138,15 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(tmp_path,
         SafetensorsIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "step_00000002")
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert last_checkpoint(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints._stop(signal.SIGTERM, None)
+    checkpoints._stop(signal.SIGINT, None)
+    assert checkpoints.stopped_by == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints._stop(signal.SIGINT, None)
 
 
 def test_precision_is_bf16_only_where_the_hardware_multiplies_it():
