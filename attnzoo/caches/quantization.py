@@ -31,6 +31,8 @@ class Int8Storage(Storage):
         *,
         symmetric: bool = True,
     ) -> None:
+        if dim < 1:
+            raise ValueError(f"v_head_dim is {dim}; it must be at least 1 in int8")
         self.dtype, self.symmetric = dtype, symmetric
         shape = (blocks, num_heads, size)
         codes = torch.zeros(*shape, dim, dtype=torch.int8, device=device)

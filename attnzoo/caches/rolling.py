@@ -69,16 +69,16 @@ class RollingCache(TokenCache):
         """Append, and give what queries of these tokens attend to.
 
         Returns:
-            the cache itself if S is at most `margin + 1`, else the window before and the S tokens, in memory of their
-            own that lives as long as it is referred to.
+            the cache itself if it holds all that they may see (S is at most `margin + 1`, and what was cropped is made
+            up for), else the window before and the S tokens, in memory that lives as long as it is referred to.
         """
         counts = self._check_new(k, v, lengths)
         new = k.shape[2]
-        if new <= self.margin + 1:
+        added = [new] * self.batch_size if counts is None else counts
+        if self.window + new - 1 <= min(self.kept + min(added), self._ring.size):
             self.append(k, v, lengths)
             return self
         first, before = self.first, self.row_lengths()
-        added = [new] * self.batch_size if counts is None else counts
         keys, values = k.detach()[:, :, : max(added)], v.detach()[:, :, : max(added)]
         if self.length > 0:
             held = [min(row, kept) for row, kept in zip(before, self._ring.kept.host(), strict=True)]
