@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "turn a checkpoint into one with another attention mechanism, shard by shard",
     "uptrain": "convert a model, win the lost quality back by training, report what was won",
     "evaluate": "perplexity, KV-cache size and speed of one model or several, side by side",
+    "plan": "parameters, FLOPs, memory and decoding speed of each mechanism, from a config.json alone",
 }
 
 
