@@ -50,8 +50,22 @@ class Loaded(NamedTuple):
     sees: Tensor | None  # [1|b, 1|h, 1|G, r, 1]: whether the query sees any key
     sink: Tensor | None  # [1, h, G, 1, 1]
 
-    def masked(self, scores: Tensor, value: float) -> Tensor:
-        return scores if self.visible is None else scores.masked_fill(~self.visible, value)
+    def exponentials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The softmax before its division: exp(scores - top), 0 where hidden; its sum with the sink's share; and top.
+
+        The backward computes them again rather than from the saved logsumexp: a row is whole here, and the rounding of
+        a large logsumexp would be an error of every probability.
+        """
+        scores = self.scores if self.visible is None else self.scores.masked_fill(~self.visible, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        if self.sink is not None:
+            top = torch.maximum(top, self.sink)
+        top = top.masked_fill(top == -torch.inf, 0)
+        p = torch.exp(scores - top)
+        total = p.sum(-1, keepdim=True)
+        if self.sink is not None:
+            total = total + torch.exp(self.sink - top)
+        return p, total if self.sees is None else total.masked_fill(~self.sees, 1), top
 
 
 class Inputs(NamedTuple):

@@ -1,8 +1,8 @@
 """Attention a row of tiles at a time, in plain PyTorch: every option, any device, memory linear in sequence length.
 
-FlashAttention's plan (arXiv 2205.14135, 2307.08691): only tiles that the mask's block map names are computed, the
-logsumexp is saved, and the backward recomputes the scores from it. One operator each way, opaque to torch.compile, so
-that lengths and boundaries may be read from tensors.
+FlashAttention's plan (arXiv 2205.14135, 2307.08691): only tiles that the mask's block map names are computed, and the
+backward computes their scores again. One operator each way, opaque to torch.compile, so that lengths and
+boundaries may be read from tensors.
 """
 
 from __future__ import annotations
@@ -64,18 +64,10 @@ def tiled_attention(
     with torch.autocast(q.device.type, enabled=False):
         for row in rows_of_tiles(x):
             tile = x.load(row)
-            scores = tile.masked(tile.scores, -math.inf)  # [b, h, G, r, n]
-            top = scores.amax(-1, keepdim=True)
-            if tile.sink is not None:
-                top = torch.maximum(top, tile.sink)
-            top = top.masked_fill(top == -math.inf, 0)
-            p = torch.exp(scores - top)
-            total = p.sum(-1, keepdim=True)
-            if tile.sink is not None:
-                total = total + torch.exp(tile.sink - top)
+            p, total, top = tile.exponentials()  # [b, h, G, r, n], the others [b, h, G, r, 1]
             row_lse = top + torch.log(total)
             if tile.sees is not None:
-                total, row_lse = total.masked_fill(~tile.sees, 1), row_lse.masked_fill(~tile.sees, -math.inf)
+                row_lse = row_lse.masked_fill(~tile.sees, -math.inf)
             p = x.drop(p, row)
             row_out = (p.flatten(2, 3) @ tile.v).unflatten(2, p.shape[2:4]) / total  # scaled once, at the end
             out[:, row.q_heads, row.queries] = row_out.flatten(1, 2).to(q.dtype)
@@ -88,7 +80,6 @@ def tiled_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,
     out: Tensor,
-    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,18 +107,18 @@ def tiled_attention_backward(
             shape = tile.scores.shape[2:4]
             where = (slice(None), row.q_heads, row.queries)
             row_out, row_d_out = (t[where].to(dtype).unflatten(1, (-1, shape[0])) for t in (out, d_out))
-            row_lse, row_d_lse = (t[where].to(dtype).unflatten(1, (-1, shape[0]))[..., None] for t in (lse, d_lse))
+            row_d_lse = d_lse[where].to(dtype).unflatten(1, (-1, shape[0]))[..., None]
             if tile.sees is not None:
                 row_d_out, row_d_lse = (t.masked_fill(~tile.sees, 0) for t in (row_d_out, row_d_lse))
-                row_lse = row_lse.masked_fill(~tile.sees, math.inf)
-            p = tile.masked(torch.exp(tile.scores - row_lse), 0)
+            p, total, top = tile.exponentials()
+            p = p / total
             flat_d_out = row_d_out.flatten(2, 3)
             x.add(d_v, row, x.drop(p, row).flatten(2, 3).mT @ flat_d_out)
             d_p = x.drop((flat_d_out @ tile.v.mT).unflatten(2, shape), row)
             delta = (row_d_out * row_out).sum(-1, keepdim=True) - row_d_lse
             d_scores = p * (d_p - delta)
             if tile.sink is not None:
-                d_sinks[row.q_heads] -= (torch.exp(tile.sink - row_lse) * delta).sum((0, 3, 4)).flatten()
+                d_sinks[row.q_heads] -= (torch.exp(tile.sink - top) / total * delta).sum((0, 3, 4)).flatten()
             if softcap:
                 d_scores = d_scores * (1 - (tile.scores / softcap) ** 2)
             d_scores = (d_scores * scale).flatten(2, 3)
@@ -142,20 +133,20 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 
 @tiled_attention_backward.register_fake
-def _(d_out, d_lse, out, lse, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
+def _(d_out, d_lse, out, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
     d_sinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.save_for_backward(output[0], *inputs[:9])
     ctx.rest = inputs[9:]
 
 
 def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-    out, lse, *inputs = ctx.saved_tensors
+    out, *inputs = ctx.saved_tensors
     sinks = inputs[3]
-    d_q, d_k, d_v, d_sinks = tiled_attention_backward(d_out, d_lse, out, lse, *inputs, *ctx.rest)
+    d_q, d_k, d_v, d_sinks = tiled_attention_backward(d_out, d_lse, out, *inputs, *ctx.rest)
     return d_q, d_k, d_v, None if sinks is None else d_sinks.to(sinks.dtype), *([None] * 9)
 
 
