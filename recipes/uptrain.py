@@ -73,8 +73,8 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     convert = changes_attention(source, spec)
     start = run.converted if convert else source
     tokenizer = load_tokenizer(config.model)
-    data = open_data(config, tokenizer, source)
     steps = count_steps(config)
+    data = open_data(config, tokenizer, source)
     if not is_main_process():  # of the others, which Lightning starts when the model is converted
         train(config, run, data, start=start, steps=steps)
         return
