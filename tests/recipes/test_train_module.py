@@ -106,5 +106,5 @@ def test_a_switch_changes_the_result_by_no_more_than_rounding(tiny, tmp_path, mo
 
 def test_the_progress_bar_shows_loss_speed_rate_and_the_last_validation(tiny, tmp_path, capsys):
     trained(tiny, tmp_path, "trainer.progress_bar=true", "max_steps=2")
-    shown = "".join(capsys.readouterr()).rpartition("\r")[2]
-    assert all(name in shown for name in ("uptraining", "2/2", "loss=", "tokens/s=", "lr=", "val=")), shown
+    shown = "".join(capsys.readouterr()).rpartition("uptraining")[2]
+    assert all(name in shown for name in ("2/2", "loss=", "tokens/s=", "lr=", "val=")), shown
