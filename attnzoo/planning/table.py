@@ -95,7 +95,7 @@ def _notes(plan: Plan) -> list[str]:
     notes = ["HBM: bytes of attention, one forward pass over one sequence. KV B/token: what one token more takes."]
     lacking = [row for row in plan.rows if row.cost is not None and row.cost.gpus > plan.gpu.count]
     if lacking:
-        room = f"{plan.gpu.usable_bytes / 1e9:,.3g} GB"
+        room = f"{short(plan.gpu.usable_bytes / 1e9)} GB"
         needs = ", ".join(f"{row.name} {row.cost.gpus}" for row in lacking if row.cost is not None)
         notes += [
             f"* Weights and batch do not fit into {room}; decode is as if they did. GPUs that hold them: {needs}."
