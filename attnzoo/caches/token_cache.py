@@ -175,12 +175,12 @@ class TokenCache(Cache):
             for whole, new in zip((k, v), fresh, strict=True):
                 whole[:, :, k.shape[2] - count :] = new[:, :, new.shape[2] - count :]
             return k, v
-        # Rows that are shorter than `count` begin before position 0. There, and where a token is not held any more,
-        # what is written is what stood there; modulo n no place comes twice.
+        # Where a token is not held any more, what is written is what stood there. Rows that are shorter than `count`
+        # begin before position 0: modulo n that is dead memory behind their end, and no place comes twice.
         rows = torch.arange(self.batch_size, device=self.device).unsqueeze(1)
         column = torch.arange(count, device=self.device)
         position = (first.unsqueeze(1) if isinstance(first, Tensor) else first) + column.unsqueeze(0)  # [B or 1, count]
-        held = (column >= count - recent.kept.tensor().unsqueeze(1)) & (position >= 0)  # [B, count]
+        held = column >= count - recent.kept.tensor().unsqueeze(1)  # [B, count]
         place = position % k.shape[2]
         for whole, new in zip((k, v), fresh, strict=True):
             old = whole[rows, :, place]  # [B, count, Hk, D]

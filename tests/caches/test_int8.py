@@ -43,6 +43,8 @@ def test_no_number_is_off_by_more_than_half_a_step(
         x[..., 0] = 127
     x = x * 10.0**power
     got = there_and_back(x, symmetric)
+    scales = Int8Storage(1, 1, 1, size, torch.float64, symmetric=symmetric).encode(x)[1]
+    assert (scales > 0).all() and scales.isfinite().all()
     assert_within_half_a_step(got, x, symmetric)
     if special in ("zeros", "constant") and not symmetric:
         torch.testing.assert_close(got, x, rtol=1e-6, atol=0)

@@ -45,6 +45,21 @@ def test_twins_share_pages_until_one_writes_and_only_the_last_page_is_copied(nam
     assert cache.free_pages == PAGES
 
 
+@pools
+def test_a_row_that_writes_leaves_alone_what_a_twin_goes_on_holding(name: str) -> None:
+    cache, (k, v), kind = new_cache(name), new_tokens(3, 10), KINDS[name]
+    cache.append(k, v, torch.tensor([10, 0, 0]))
+    cache.fork(0, [1])
+    rows = [EMPTY.grown(k[0], v[0], kind), EMPTY.grown(k[0], v[0], kind), EMPTY]
+    for row in (1, 0):  # the other one does not write
+        more_k, more_v = new_tokens(3, 2)
+        cache.append(more_k, more_v, torch.tensor([2 if b == row else 0 for b in range(3)]))
+        rows[row] = rows[row].grown(more_k[row], more_v[row], kind)
+        poison(cache)
+        assert_holds(cache, rows, kind)
+        assert cache.free_pages == PAGES - 2
+
+
 def test_a_full_last_page_is_shared_without_a_copy() -> None:
     cache = new_cache()
     cache.append(*new_tokens(3, 32), torch.tensor([32, 0, 0]))

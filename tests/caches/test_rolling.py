@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.caches import RollingCache
+from attnzoo.caches.places import places
 from attnzoo.masks import Causal, Dilated, Documents, Full, PerHead, SlidingWindow
 from attnzoo.ops import decode
 from attnzoo.ops.decoding.reach import is_relative, reach
@@ -62,6 +63,23 @@ def test_a_long_chunk_is_seen_whole_and_then_let_go(before: int) -> None:
         ValueError, match="with 2 queries the cache would have to hold more than the last 5 of 60 tokens"
     ):
         decode(q[:, :, -2:], cache, mask=SlidingWindow(5))
+
+
+@pytest.mark.parametrize("real", [0, 3, 9])
+def test_padding_of_a_first_long_chunk_is_not_seen_though_all_rows_are_alike(real: int) -> None:
+    cache, (k, v), q = new_cache(), new_tokens(2, 20), q_of(20)
+    k[:, :, real:], v[:, :, real:] = torch.nan, torch.nan
+    seen = cache.extend(k, v, torch.tensor([real, real]))
+    expected = decode_reference(q, k, v, [real, real], [0, 0], mask=SlidingWindow(5), scale=0.5)
+    torch.testing.assert_close(decode(q, seen, mask=SlidingWindow(5), starts=0), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [None, [17, 0, 5]])
+def test_no_slot_is_written_twice_by_one_append(counts: list[int] | None) -> None:
+    at = places(torch.tensor([3, 0, 9]), 17, counts, 3, torch.device("cpu"), last=5)
+    rows, positions = torch.broadcast_tensors(at.rows, at.positions)
+    written = list(zip(rows.flatten().tolist(), (positions % 5).flatten().tolist(), strict=True))
+    assert len(set(written)) == len(written) == sum(min(count, 5) for count in counts or [17] * 3)
 
 
 # Documents stand at absolute positions, so `decode` must not count from the first key that is still there.
