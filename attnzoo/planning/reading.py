@@ -56,9 +56,10 @@ def _text_part(config: Config) -> tuple[Config, list[str]]:
     for name in _PARTS:
         part = config.get(name)
         if isinstance(part, Mapping):
-            outer = {key: config[key] for key in ("model_type", "tie_word_embeddings") if key in config}
             kind = config.get("model_type", "this model")
-            return {**outer, **part}, [f"only the language model of {kind} is counted ({name})"]
+            # The output belongs to the whole model, so its own word on tying counts.
+            tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+            return {"model_type": kind, **part, **tied}, [f"only the language model of {kind} is counted ({name})"]
     return config, []
 
 

@@ -21,7 +21,7 @@ from attnzoo.planning.recurrent import Recurrent
 from attnzoo.planning.visible import visible_pairs, visible_to_last
 from attnzoo.planning.weights import experts, feed_forward
 from attnzoo.specs import GQA, MLA, Linear
-from tests.planning.configs import DEEPSEEK_V3, LLAMA_8B, LLAMA_405B, MISTRAL_V1, SMOLLM2, llama
+from tests.planning.configs import DEEPSEEK_V3, GEMMA2_9B, LLAMA_8B, LLAMA_405B, MISTRAL_V1, SMOLLM2, llama
 
 TINY = llama(48, 64, 2, 6, 3, 100)
 DTYPES = [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
@@ -143,7 +143,11 @@ def test_linear_attention_is_counted_as_its_recurrence_and_grows_with_length_onl
         state = k.transpose(1, 2) @ v
         q @ state.repeat_interleave(2, 0)
     assert planned.decode_flops(1000) == counter.get_total_flops()
-    assert planned.flops(64 * 50) == 50 * planned.flops(64)
+    # A chunk of 64: its tokens enter the state and read it, and see one another, of which half is visible.
+    inside = Softmax(6, 6, 8, 8, Full()).flops(64) * 65 // 128
+    assert planned.flops(64 * 50) == 50 * planned.flops(64) == 50 * (64 * planned.decode_flops(1) + inside)
+    assert planned.decode_bytes(1000, 2) == 2 * planned.cache_bytes(1000, 2)  # the state is read and written
+    assert planned.standard_bytes(1000, 2) == 2 * (1000 * 9 * 16 + 4 * 6 * 1000**2)
     near = Recurrent(Softmax(6, 3, 8, 8), window=16)
     assert near.flops(640) - planned.flops(640) == Softmax(6, 3, 8, 8, SlidingWindow(16)).flops(640)
     drawn = Recurrent(Softmax(6, 3, 8, 8), "favor", 20)
@@ -167,6 +171,12 @@ def test_visible_pairs_are_those_of_the_mask_written_out(mask, tokens):
     dense = mask.dense(tokens, tokens)
     assert visible_pairs(mask, tokens) == dense.sum()
     assert visible_to_last(mask, tokens) == dense[-1].sum()
+
+
+def test_int8_is_for_layers_that_no_window_bounds():
+    mistral, gemma = read_model(MISTRAL_V1), read_model(GEMMA2_9B)
+    assert with_int8(mistral) == mistral
+    assert [layer.attention.int8 for layer in with_int8(gemma).layers] == [False, True] * 21
 
 
 def test_visible_pairs_of_a_long_sequence_are_near_the_truth():

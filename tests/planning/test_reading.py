@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from attnzoo.masks import SlidingWindow
 from attnzoo.planning import known_types, read_model
@@ -24,7 +24,7 @@ from tests.planning.configs import (
     SMOLLM2,
 )
 
-# Types without a class in transformers, or that are a part of a larger one there.
+# Types without a class in transformers, or that are a part of a larger one there (tested below).
 ELSEWHERE = {"kimi_k2", "gemma3"} | {name for name in known_types() if "_vl" in name}
 
 
@@ -113,6 +113,20 @@ def test_the_language_model_of_a_model_with_images_is_read_and_said_so():
     outer = {"model_type": "llava", "tie_word_embeddings": True, "text_config": {**LLAMA_8B}}
     del outer["text_config"]["tie_word_embeddings"]
     assert read_model(outer).looked_up == 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3"])
+def test_language_models_of_larger_ones_have_the_parameters_of_their_class(model_type):
+    config = AutoConfig.for_model(model_type)
+    text = config.text_config
+    text.num_hidden_layers = 4
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:4]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    seeing = ("visual", "vision", "multi_modal")
+    language = {name: p for name, p in model.named_parameters() if not any(part in name for part in seeing)}
+    assert read_model(config.to_dict()).weights.total == sum(p.numel() for p in language.values())
 
 
 def test_absent_kv_heads_are_as_many_as_queries_and_an_unknown_type_is_said_to_be():
