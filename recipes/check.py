@@ -21,7 +21,7 @@ LEAST = (
 ABOVE_ZERO = ("checkpoint.every_n_minutes", "trainer.gradient_clip_norm")
 FRACTIONS = ("optimizer.warmup", "optimizer.final")
 CHOICES = {
-    "train": ("all", "attention"),
+    "train": ("all", "layers", "attention"),
     "export_dtype": tuple(EXPORT_DTYPES),
     "optimizer.schedule": SCHEDULES,
     "trainer.precision": ("auto", "bf16-mixed", "32-true"),

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: warm-up, then cosine or constant."""
+"""AdamW and its learning rate: warm-up, then cosine, linear or constant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 def adamw(model: nn.Module, *, lr: float, betas: Iterable[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
@@ -34,9 +34,9 @@ def learning_rate_factor(step: int, *, total_steps: int, schedule: str, warmup: 
     Args:
         step: optimizer step, from 0.
         total_steps: steps of the whole run.
-        schedule: "cosine" falls from 1 to `final` over what follows the warm-up; "constant" stays at 1.
+        schedule: "cosine" and "linear" fall from 1 to `final` over what follows the warm-up; "constant" stays at 1.
         warmup: fraction of the run over which the rate rises linearly; its first step is not 0.
-        final: factor that the cosine ends at.
+        final: factor that a falling schedule ends at.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -44,7 +44,8 @@ def learning_rate_factor(step: int, *, total_steps: int, schedule: str, warmup: 
     if schedule == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    fallen = progress if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return 1 - (1 - final) * fallen
 
 
 def _can_fuse(parameters: list[nn.Parameter]) -> bool:

@@ -90,7 +90,8 @@ def prepare_for_training(model: PreTrainedModel, *, train: str, gradient_checkpo
     """Freezes what does not train and turns on gradient checkpointing and torch.compile, all in place.
 
     Args:
-        train: "all", or "attention" for the parameters of the attention modules only.
+        train: "all"; "layers" for all but the embeddings and the output head, which keeps a short run on little text
+            from bending what all other text needs; "attention" for the parameters of the attention modules only.
 
     Raises:
         ValueError: for a model family whose attention modules are not known.
@@ -103,6 +104,9 @@ def prepare_for_training(model: PreTrainedModel, *, train: str, gradient_checkpo
         model.requires_grad_(False)
         for layer in range(layers):
             model.get_submodule(family.attention_path(layer)).requires_grad_(True)
+    if train == "layers":
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embeddings.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

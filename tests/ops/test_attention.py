@@ -124,11 +124,23 @@ def test_packed_documents_equal_a_loop_over_documents(backend, mask) -> None:
     torch.testing.assert_close(gradients(packed, None, [q, k, v]), gradients(loop, None, [q, k, v]))
 
 
+@pytest.mark.parametrize("mask", [None, Causal()])
+def test_sdpa_runs_packed_documents_that_share_their_boundaries(mask) -> None:
+    q, k, v = draw(4, 2, 60, 60, 8, 8, batch=1)
+    cu = torch.tensor([0, 3, 3, 23, 43, 50])  # lengths 3, 0, 20, 20, 7, and a tail
+    assert "sdpa: runs" in ops.explain(q, k, v, mask=mask, cu_seqlens_q=cu)
+    got = ops.attention(q, k, v, mask=mask, cu_seqlens_q=cu, backend="sdpa")
+    want = ops.attention(q, k, v, mask=mask, cu_seqlens_q=cu, backend="reference")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got, None, [q, k, v]), gradients(want, None, [q, k, v]))
+    assert "share their boundaries" in ops.explain(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu.clamp(max=40))
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [(case, backend) for case in ("key_lengths", "dense", "packed") for backend in ("reference", "tiled", "sdpa")][:-1],
-)  # all but the last: sdpa packs on CUDA only
+    [(case, backend) for case in ("key_lengths", "dense", "packed") for backend in ("reference", "tiled", "sdpa")],
+)
 def test_what_stands_in_hidden_places_never_leaks(case, backend, poison) -> None:
     q, k, v = draw(4, 2, 10, 10, 8, 8, batch=1 if case == "packed" else 2)
     options, hidden_keys, hidden_queries = {

@@ -75,11 +75,13 @@ def test_chunks_of_the_loss_change_neither_it_nor_its_gradient(tiny):
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_training_the_attention_only_leaves_all_else_as_it_was(tiny, tmp_path):
-    model, _ = trained(tiny, tmp_path, "train=attention", "max_steps=2")
+@pytest.mark.parametrize(("train", "part"), [("attention", ".self_attn."), ("layers", "model.layers."), ("all", "")])
+def test_training_a_part_leaves_all_else_as_it_was(tiny, tmp_path, train, part):
+    model, _ = trained(tiny, tmp_path, f"train={train}", "max_steps=2")
     before = load_model(tiny.config().model).state_dict()
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, before[name]) == (".self_attn." not in name), name
+        trains = part in name or (train == "layers" and name == "model.norm.weight")
+        assert torch.equal(weight, before[name]) == (not trains), name
 
 
 @pytest.mark.parametrize(

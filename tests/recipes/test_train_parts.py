@@ -57,6 +57,10 @@ def test_the_learning_rate_warms_up_and_then_falls_along_a_cosine_or_stays():
     assert cosine[6] == pytest.approx(0.55)  # half way between step 2 and step 10
     assert cosine[10] == pytest.approx(0.1)
     assert cosine[2:] == sorted(cosine[2:], reverse=True)
+    line = [
+        learning_rate_factor(step, total_steps=10, schedule="linear", warmup=0.2, final=0.2) for step in range(2, 11)
+    ]
+    assert line == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     constant = [learning_rate_factor(s, total_steps=10, schedule="constant", warmup=0.2, final=0.1) for s in range(11)]
     assert constant == [0.5] + [1.0] * 10
 

@@ -49,7 +49,7 @@ def test_resume_alone_takes_the_config_of_the_run(tiny, tmp_path, monkeypatch):
         (["max_steps=null"], "exactly one of alpha, max_steps, max_tokens; got none"),
         (["alpha=0.1"], "got alpha=0.1, max_steps=4; set the others to null"),
         (["optimizer.rate=1"], "rate"),
-        (["optimizer.schedule=linear"], "optimizer.schedule must be one of cosine, constant, got 'linear'"),
+        (["optimizer.schedule=step"], "optimizer.schedule must be one of cosine, linear, constant, got 'step'"),
         (["train=mlp"], "train must be one of all, .*attention, got 'mlp'"),
         (["export_dtype=int8"], "export_dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["trainer.precision=16-true"], "trainer.precision must be one of"),

@@ -6,6 +6,7 @@ Where they do not apply, PyTorch falls back to a quadratic one without a word; `
 from __future__ import annotations
 
 import inspect
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,7 +58,16 @@ def _padded_reasons(call: Call) -> list[str]:
 
 def _packed_reasons(call: Call) -> list[str]:
     out = []
-    if call.q.device.type != "cuda" or call.q.dtype not in _HALF:
+    if call.q.device.type == "cpu":
+        assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+        if torch.compiler.is_compiling():
+            out.append("reads boundaries on the host, which a compiled graph cannot")
+        elif not torch.equal(call.cu_seqlens_q, call.cu_seqlens_k):
+            out.append("runs packed sequences on a CPU only where queries and keys share their boundaries")
+        if not isinstance(call.mask, Full | Causal):
+            out.append("runs packed sequences on a CPU with a full or causal mask only")
+        return out
+    if call.q.dtype not in _HALF:
         out.append("runs packed sequences on CUDA in fp16 or bf16 only")
     if not isinstance(call.mask, Full | Causal | SlidingWindow):
         out.append("runs packed sequences with a full, causal or sliding-window mask only")
@@ -71,7 +81,7 @@ def _packed_reasons(call: Call) -> list[str]:
 def run(call: Call) -> tuple[Tensor, None]:
     """Output `[B, Hq, Sq, D]`; no logsumexp."""
     if call.packed:
-        return _packed(call), None
+        return (_one_by_one(call) if call.q.device.type == "cpu" else _packed(call)), None
     if isinstance(call.mask, Causal):
         gqa = call.group > 1
         out = F.scaled_dot_product_attention(
@@ -115,8 +125,26 @@ def _rows_of_groups(visible: Tensor, k_heads: int, group: int, q_len: int, k_len
     return grouped.expand(-1, -1, group, q_len, k_len).reshape(batch, grouped.shape[1], group * q_len, k_len)
 
 
+def _one_by_one(call: Call) -> Tensor:
+    """Documents one after another, neighbours of one length as a batch."""
+    assert call.cu_seqlens_q is not None
+    documents = torch.diff(call.cu_seqlens_q).tolist()
+    runs = [(length, len(list(same))) for length, same in groupby(documents)]
+    tail = call.q.shape[2] - sum(documents)
+    sizes = [length * count for length, count in runs] + [tail]
+    out = []
+    # Split, and not sliced, so that the backward writes each gradient once.
+    for (length, count), *parts in zip(
+        runs, *(t[0].split(sizes, dim=1) for t in (call.q, call.k, call.v)), strict=False
+    ):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)  # [count, H, length, D]
+        one = run(call._replace(q=q, k=k, v=v, cu_seqlens_q=None, cu_seqlens_k=None))[0]
+        out.append(one.transpose(0, 1).flatten(1, 2))
+    return torch.cat([*out, call.q.new_zeros(call.q.shape[1], tail, call.v.shape[-1])], dim=1)[None]
+
+
 def _packed(call: Call) -> Tensor:
-    """Documents one after another, through flash attention's variable-length kernel."""
+    """Documents side by side, through flash attention's variable-length kernel."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     q_len, k_len = call.q.shape[2], call.k.shape[2]
     q_dead = torch.arange(q_len, device=call.q.device)[:, None] >= call.cu_seqlens_q[-1]
