@@ -139,10 +139,10 @@ def masked_attention(
     if attention_mask is None:
         return ops.attention(query, key, value, mask=pattern, **options)
     if not numbered:
-        mask = _visible(attention_mask)[..., : key.shape[2]]
+        mask = visible_of(attention_mask)[..., : key.shape[2]]
         return ops.attention(query, key, value, mask=mask, **options)
 
-    documents = _document_numbers(attention_mask, query.shape[2])
+    documents = document_numbers(attention_mask, query.shape[2])
     keys = documents.shape[1]
     key, value = key[:, :, :keys], value[:, :, :keys]
     if is_tracing(documents):
@@ -153,7 +153,7 @@ def masked_attention(
         )
     if not bool(documents.any()):
         return ops.attention(query, key, value, mask=pattern, **options)
-    return _packed(query, key, value, _boundaries(documents), None, mask=pattern, **options)
+    return _packed(query, key, value, boundaries(documents), None, mask=pattern, **options)
 
 
 def _pattern(is_causal: bool, window: int | None, attention_mask: Tensor | None, keys: int) -> Mask:
@@ -172,7 +172,7 @@ def _window(window: int) -> Mask:
     return _cached_window(window)
 
 
-def _visible(mask: Tensor) -> Tensor:
+def visible_of(mask: Tensor) -> Tensor:
     """A caller's 4-D mask as bool."""
     if mask.ndim != 4:
         raise ValueError(f"attention_mask must be 4-D, [B, 1 or Hq, S_q, S_k], got shape {tuple(mask.shape)}")
@@ -189,7 +189,7 @@ def _visible(mask: Tensor) -> Tensor:
     return visible
 
 
-def _document_numbers(mask: Tensor, q_length: int) -> Tensor:
+def document_numbers(mask: Tensor, q_length: int) -> Tensor:
     """The `[B, n]` numbers of the documents out of an int32 mask `[B, 1, 1, n]`."""
     if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] < q_length:
         raise ValueError(
@@ -199,7 +199,7 @@ def _document_numbers(mask: Tensor, q_length: int) -> Tensor:
     return mask[:, 0, 0, :]
 
 
-def _boundaries(documents: Tensor) -> Tensor:
+def boundaries(documents: Tensor) -> Tensor:
     """Document numbers `[B, S]` of the rows as cu_seqlens, int32 `[N + 1]`, of the flattened batch."""
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]

@@ -18,7 +18,7 @@ from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.merge import check_method
 from attnzoo.conversion.plan import Plan, make_plan
 from attnzoo.conversion.shards import FLOATS, Entry, Shard
-from attnzoo.hf.layers import SwappedAttention
+from attnzoo.hf.auto import SwappedModel
 from attnzoo.specs import Spec
 
 _BEST = "mean"  # what method="auto" is
@@ -105,11 +105,8 @@ def convert(
 
 
 def _convert_model(model: PreTrainedModel, spec: Spec | Sequence[Spec], method: str, seed: int) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, SwappedAttention) and (module.narrower or not module.stock):
-            raise Refusal(
-                "source is a swapped model that no stock class holds; convert the model that it was made from"
-            )
+    if isinstance(model, SwappedModel):
+        raise Refusal("source is a swapped model that no stock class holds; convert the model that it was made from")
     state = model.state_dict()
     name = Path(type(model).__name__)  # stands where errors name a folder
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}

@@ -1,0 +1,135 @@
+"""The latent attention layer that `attnzoo.swap` puts into a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from attnzoo.conversion.families import Family, Geometry, Projections
+from attnzoo.hf.attention import masked_attention, refuse_unsupported
+from attnzoo.hf.latent_weights import factored, rotating_pairs
+from attnzoo.hf.layers import narrowed, offsets
+from attnzoo.hf.weights import check_implementation, dropout_of, own_cache, scale_of, softcap_of, take_place
+from attnzoo.layers import MultiHeadLatentAttention
+from attnzoo.layers.latent_inputs import absorbed_costs_less
+from attnzoo.layers.rope import apply_rotary
+from attnzoo.masks import Mask
+from attnzoo.specs import MLA
+
+
+class SwappedLatentAttention(MultiHeadLatentAttention):
+    """Latent attention with a transformers layer's forward: RoPE, cache and masks are the model's.
+
+    In the model's cache lie latents in the place of keys and rope keys in the place of values, so whatever the cache
+    can do (static, sliding, offloaded, beams, crop) it does with them. The latent has no norm.
+
+    Args:
+        old: the layer that it takes the place of.
+        projections: its weights.
+        trained: bool; any weight that is trained lets all of the new ones be.
+        family, geometry: where they come from.
+        spec: with all sizes.
+        rotary_dim: leading dimensions of a head that the model rotates; 0: none.
+        mask: which query sees which key.
+        narrower: whether `mask` hides keys that the model's own mask shows.
+    """
+
+    def __init__(
+        self,
+        old: nn.Module,
+        projections: Projections,
+        trained: Projections,
+        family: Family,
+        geometry: Geometry,
+        spec: MLA,
+        rotary_dim: int,
+        *,
+        mask: Mask,
+        narrower: bool,
+    ) -> None:
+        assert spec.kv_lora_rank and spec.qk_nope_head_dim and spec.qk_rope_head_dim and spec.v_head_dim
+        with torch.device("meta"):
+            super().__init__(
+                geometry.dim,
+                geometry.num_heads,
+                kv_lora_rank=spec.kv_lora_rank,
+                qk_nope_head_dim=spec.qk_nope_head_dim,
+                qk_rope_head_dim=spec.qk_rope_head_dim,
+                v_head_dim=spec.v_head_dim,
+                q_lora_rank=spec.q_lora_rank,
+                mask=mask,
+                dropout=dropout_of(old),
+                scale=scale_of(old),
+                norm=False,
+            )
+        self.geometry, self.spec, self.narrower, self.softcap = geometry, spec, narrower, softcap_of(old, family)
+        take_place(self, old)
+        self.pairs = rotating_pairs(spec.qk_rope_head_dim, rotary_dim) if rotary_dim else None
+        norms = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
+        weights = factored(projections, norms, spec, rotary_dim)
+        trains = any(bool(t[(0,) * t.ndim]) for t in vars(trained).values() if t is not None and not t.is_meta)
+        queries = "q_proj" if spec.q_lora_rank is None else "q_b_proj"
+        for name, weight, bias in (
+            (queries, weights.q, weights.q_bias),
+            ("q_a_proj", weights.q_down, None),
+            ("kv_a_proj_with_mqa", weights.kv_down, weights.kv_down_bias),
+            ("kv_b_proj", weights.kv_up, None),
+            ("o_proj", weights.o, weights.o_bias),
+        ):
+            if weight is not None:
+                linear = getattr(self, name)
+                linear.weight = nn.Parameter(weight.contiguous(), requires_grad=trains)
+                linear.bias = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=trains)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What the model's block calls; the arguments are those of `SwappedAttention`."""
+        check_implementation(self)
+        refuse_unsupported(self, kwargs)
+        q_nope, q_rope = self.project_q(hidden_states)
+        latent, rope_key = self.project_kv(hidden_states)
+        if position_embeddings is not None and self.pairs is not None:
+            cos, sin = (table[..., self.pairs] for table in position_embeddings)
+            q_rope, rope_key = apply_rotary(q_rope, cos, sin), apply_rotary(rope_key, cos, sin)
+        cache = own_cache(past_key_values, layer_past)
+        new = hidden_states.shape[1]
+        first_query, first_key = offsets(cache, self.layer_idx, new)
+        if cache is not None:
+            latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
+        keys = latent.shape[2]
+        assert self.mask is not None
+        if self.narrower:
+            attention_mask = narrowed(attention_mask, self.mask, first_query, first_key, new, keys)
+        sizes = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
+        absorbed = keys > new and absorbed_costs_less(new, keys, *sizes)
+        if absorbed:
+            q_nope = self.absorb(q_nope)
+            k = v = torch.cat([latent, rope_key], dim=-1)  # one head for all, as wide as fused kernels want
+        else:
+            k, v = self.expand(latent, rope_key)
+        out = masked_attention(
+            torch.cat([q_nope, q_rope], dim=-1),
+            k,
+            v,
+            attention_mask,
+            pattern=self.mask,
+            cu_seqlens_q=cu_seq_lens_q,
+            cu_seqlens_k=cu_seq_lens_k,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out = self.merge(self.unabsorb(out[..., : self.kv_lora_rank]) if absorbed else out)
+        return (out if self.resid_dropout is None else self.resid_dropout(out)), None
