@@ -9,6 +9,7 @@ from attnzoo.hf.attention import attnzoo_attention
 from attnzoo.hf.auto import register
 from attnzoo.hf.convert import convert
 from attnzoo.hf.every import every
+from attnzoo.hf.export import export
 from attnzoo.hf.masks import attnzoo_mask
 from attnzoo.hf.swap import swap
 
@@ -17,4 +18,4 @@ AttentionInterface.register("attnzoo", attnzoo_attention)
 AttentionMaskInterface.register("attnzoo", attnzoo_mask)
 register()
 
-__all__ = ["attnzoo_attention", "attnzoo_mask", "convert", "every", "swap"]
+__all__ = ["attnzoo_attention", "attnzoo_mask", "convert", "every", "export", "swap"]

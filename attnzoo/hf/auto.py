@@ -18,7 +18,7 @@ from attnzoo.hf.recurrent_cache import recurrent_layer
 from attnzoo.specs import spec_from_dict
 
 _PREFIX = "attnzoo_"
-_AUTO = (
+AUTO = (
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
@@ -116,7 +116,7 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _from_dict(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
     """As the stock class's; the models of its class are made known first, which imports them."""
     stock = cls.__mro__[1]
-    for name in _AUTO:
+    for name in AUTO:
         auto = getattr(transformers, name)
         if stock in auto._model_mapping:
             auto.register(cls, _model_class(auto._model_mapping[stock]), exist_ok=True)

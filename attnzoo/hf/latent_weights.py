@@ -44,7 +44,9 @@ def filled(spec: MLA, geometry: Geometry, rotary_dim: int) -> MLA:
     if rope is None:
         rope = max(2, rotary_dim // 4 * 2)
     if rotary_dim and rope > rotary_dim:
-        raise ValueError(f"qk_rope_head_dim must be at most {rotary_dim}, the dimensions that the model rotates: {rope}")
+        raise ValueError(
+            f"qk_rope_head_dim must be at most {rotary_dim}, the dimensions that the model rotates: {rope}"
+        )
     rest = g.head_dim - (rope if rotary_dim else 0)
     nope = spec.qk_nope_head_dim or max(rest, 1)
     if nope != rest:
@@ -62,9 +64,7 @@ def filled(spec: MLA, geometry: Geometry, rotary_dim: int) -> MLA:
     most = min(g.dim, g.num_heads * (nope + rope))
     if spec.q_lora_rank is not None and spec.q_lora_rank > most:
         raise ValueError(f"q_lora_rank must be at most {most}, the rank of the model's queries; got {spec.q_lora_rank}")
-    return replace(
-        spec, kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=g.head_dim
-    )
+    return replace(spec, kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=g.head_dim)
 
 
 def rotating_pairs(rope: int, rotary_dim: int) -> list[int]:
@@ -73,7 +73,9 @@ def rotating_pairs(rope: int, rotary_dim: int) -> list[int]:
     return [pair * have // want for pair in range(want)]
 
 
-def factored(p: Projections, norms: tuple[nn.Module | None, nn.Module | None], spec: MLA, rotary_dim: int) -> LatentWeights:
+def factored(
+    p: Projections, norms: tuple[nn.Module | None, nn.Module | None], spec: MLA, rotary_dim: int
+) -> LatentWeights:
     """The latent layer's weights, in the dtype and on the device of `p`; computed in fp64 (not on a meta device).
 
     Args:

@@ -145,12 +145,17 @@ class SwappedAttention(GroupedQueryAttention):
 def narrowed(
     mask: Tensor | None, pattern: Mask, first_query: int | Tensor, first_key: int, queries: int, keys: int
 ) -> Tensor | None:
-    """A bool mask of the model's without the keys that `pattern` hides; in its other forms it leaves that to others."""
+    """A bool mask of the model's without the keys that `pattern` hides; in its other forms it leaves that to others.
+
+    The pattern's positions count the real tokens of a row, whose padding on the left the last query does not see.
+    """
     if mask is None or mask.dtype != torch.bool:
         return mask
-    i = torch.arange(queries, device=mask.device) + first_query
-    j = torch.arange(keys, device=mask.device) + first_key
-    return mask[..., :keys] & pattern.visible(i[:, None], j[None, :])
+    mask = mask[..., :keys]
+    padded = mask[:, :1, -1:].to(torch.int8).argmax(-1, keepdim=True)  # [B, 1, 1, 1]
+    i = torch.arange(queries, device=mask.device)[:, None] + first_query - padded
+    j = torch.arange(keys, device=mask.device) + first_key - padded
+    return mask & pattern.visible(i.clamp(min=0), j.clamp(min=0))  # before 0 there is padding only
 
 
 def offsets(cache: Cache | None, layer: int, new: int) -> tuple[int | Tensor, int]:

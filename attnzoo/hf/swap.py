@@ -130,9 +130,7 @@ def _put(model: nn.Module, path: str, layer: nn.Module, plan: Plan, number: int)
     setattr(model.get_submodule(parent), name, layer)
 
 
-def _layer(
-    old: nn.Module, number: int, geometry: Geometry, family: Family, plan: Plan, rotary_dim: int
-) -> nn.Module:
+def _layer(old: nn.Module, number: int, geometry: Geometry, family: Family, plan: Plan, rotary_dim: int) -> nn.Module:
     spec, mask = plan.specs[number], plan.masks[number]
     if isinstance(old, SwappedLatentAttention) or (isinstance(old, SwappedLinearAttention) and old.spec == spec):
         return old

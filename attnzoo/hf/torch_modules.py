@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import ops
-from attnzoo.masks import Causal, Mask
+from attnzoo.masks import Mask
 from attnzoo.specs import GQA, Spec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -107,10 +107,6 @@ class TorchAttention(nn.Module):
         if attn_mask is not None:
             free = ~_hidden("attn_mask", attn_mask)
             free = free.unflatten(0, (-1, self.num_heads)) if free.dim() == 3 else free[None, None]
-            if self.mask is not None and self.mask.causal and torch.equal(free[0, 0], _causal(free)):
-                free = free[:1, :1] if seen is None else free  # nothing that the module's own mask does not say
-                if seen is None:
-                    return self.mask
             seen = free if seen is None else seen & free
         if seen is None:
             return self.mask
@@ -189,7 +185,3 @@ def _hidden(name: str, mask: Tensor) -> Tensor:
     if not bool((hidden | (mask == 0)).all()):
         raise ValueError(f"{name} must be bool, or floating point with 0 and -inf only; got other values")
     return hidden
-
-
-def _causal(free: Tensor) -> Tensor:
-    return Causal().dense(free.shape[-2], free.shape[-1], device=free.device)

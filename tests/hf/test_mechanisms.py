@@ -79,10 +79,7 @@ def test_sparse_patterns_generate_with_a_padded_batch_and_a_cache(build, tokens,
     if mask.heads is None and "random" not in str(mask).lower():
         two = mask.visible(i[:, None], i).float() @ mask.visible(i[:, None], i).float() > 0  # what two layers carry
         assert not changed[:, (two[:, 5] == 0) & (i > 5)].any()
-    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
-    want = model.generate(tokens, use_cache=False, **options)
-    for cache in ("dynamic", "static"):
-        assert torch.equal(model.generate(tokens, cache_implementation=cache, **options), want)
+    check_generation(model, tokens)
 
 
 @pytest.mark.parametrize("spec", [Linear(), MLA(), Linear(window=3)], ids=["linear", "mla", "window"])
@@ -134,7 +131,11 @@ def test_a_hybrid_of_four_mechanisms_samples_and_searches_with_beams(build, toke
         for use_cache in (True, False):
             torch.manual_seed(0)
             out = model.generate(
-                tokens * mask, attention_mask=mask, max_new_tokens=6, use_cache=use_cache, **({"do_sample": False} | options)
+                tokens * mask,
+                attention_mask=mask,
+                max_new_tokens=6,
+                use_cache=use_cache,
+                **({"do_sample": False} | options),
             )
             outs.append(out)
         assert torch.equal(*outs), options
