@@ -48,6 +48,8 @@ _CONFIGS = (
 class SwappedModel:
     """What a swapped model's class adds to the stock one; it stands before it."""
 
+    config: PreTrainedConfig
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         from attnzoo.hf.swap import rebuild  # which needs this module
 
@@ -77,8 +79,8 @@ def stock_type(model_type: str) -> str:
 def hold(model: PreTrainedModel) -> None:
     """Make a model and its config of the classes that can hold a swapped one."""
     if not isinstance(model, SwappedModel):
-        model.config.__class__ = _config_class(type(model.config))
-        model.__class__ = _model_class(type(model))
+        model.config.__class__ = _config_class(type(model.config))  # type: ignore[arg-type]
+        model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
 
 
 def release(model: PreTrainedModel) -> None:

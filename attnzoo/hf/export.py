@@ -1,4 +1,4 @@
-"""`attnzoo.hf.export`: a folder that loads without attnzoo, with the code of its attention layers beside the weights."""
+"""`attnzoo.hf.export`: a folder that loads without attnzoo, with the code of its attention layers in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, overwrite: bool = Fals
     """Save a swapped model so that it loads where attnzoo is not installed.
 
     What a stock class holds is saved as that. Anything else gets its code beside it, one file in plain PyTorch, and
-    loads by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` (or the Auto class of its head). That
+    loads by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` (or its head's Auto class). That
     code forms all attention weights and keeps keys and values even of linear attention: it is for use without attnzoo,
     not for speed. Where attnzoo is installed, `import attnzoo.hf` and then `from_pretrained(folder)` takes the layers
     of here.
@@ -77,7 +77,7 @@ def _is(auto: str, stock: type, model: PreTrainedModel) -> bool:
 def _code(model: PreTrainedModel, first: str) -> str:
     """The template, written for Llama, in the names of this model's family."""
     config, stock = type(model.config).__mro__[1], type(model).__mro__[2]
-    code = _TEMPLATE.read_text(encoding="utf-8")
+    code = _TEMPLATE.read_text(encoding="utf-8").replace("# mypy: ignore-errors\n", "")
     for ours, theirs in (
         ("LlamaForCausalLM", stock.__name__),
         ("LlamaConfig", config.__name__),

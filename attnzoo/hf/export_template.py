@@ -1,10 +1,11 @@
 """A model with other attention mechanisms than its family's, in plain PyTorch and transformers.
 
-This file is all that loading it needs: `from_pretrained(folder, trust_remote_code=True)`. It was written to be read, not
-to be fast: attention weights are formed, and linear attention keeps keys and values. With attnzoo installed,
+This file is all that loading it needs: `from_pretrained(folder, trust_remote_code=True)`. It was written to be read,
+not to be fast: attention weights are formed, and linear attention keeps keys and values. With attnzoo installed,
 `import attnzoo.hf` before `from_pretrained(folder)` takes its kernels and caches of constant size instead.
 """
 
+# mypy: ignore-errors
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ class AttnzooLlamaConfig(LlamaConfig):
 
 
 class Attention(nn.Module):
-    """What the mechanisms share: linear layers by name, cache, masks. Shapes: B batch, H heads, S tokens, D head size."""
+    """What the mechanisms share: linear layers by name, cache, masks. B rows, H heads, S tokens, D head size."""
 
     def __init__(self, old, about):
         super().__init__()
@@ -87,7 +88,7 @@ class GroupedQueryAttention(Attention):
 
 
 class LinearAttention(GroupedQueryAttention):
-    """Weights are products of features (arXiv 2006.16236); with a window, softmax near and features far (2410.10254)."""
+    """Weights are products of features (arXiv 2006.16236); with a window, softmax near (2410.10254)."""
 
     def __init__(self, old, about):
         super().__init__(old, about)
@@ -194,10 +195,10 @@ class AttnzooLlamaForCausalLM(LlamaForCausalLM):
     config_class = AttnzooLlamaConfig
 
     def __init__(self, config):
+        config._attn_implementation = "eager"  # whose masks are written out
         super().__init__(config)
         kinds = {"gqa": GroupedQueryAttention, "linear": LinearAttention, "mla": LatentAttention}
         for number, about in enumerate(config.attnzoo["layers"]):
             path, _, name = LAYER.format(number).rpartition(".")
             parent = self.get_submodule(path)
             setattr(parent, name, kinds[about["mechanism"]](getattr(parent, name), about))
-        self.set_attn_implementation("eager")  # whose masks are always written out

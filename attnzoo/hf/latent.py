@@ -37,6 +37,9 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         narrower: whether `mask` hides keys that the model's own mask shows.
     """
 
+    layer_idx: int
+    resid_dropout: nn.Module | None
+
     def __init__(
         self,
         old: nn.Module,

@@ -68,7 +68,7 @@ def filled(spec: MLA, geometry: Geometry, rotary_dim: int) -> MLA:
 
 
 def rotating_pairs(rope: int, rotary_dim: int) -> list[int]:
-    """Which of the model's frequencies the rope part keeps: `rope / 2` of `rotary_dim / 2`, the highest and then evenly."""
+    """Which of the model's frequencies the rope part keeps, evenly spread from the highest on."""
     have, want = rotary_dim // 2, rope // 2
     return [pair * have // want for pair in range(want)]
 
@@ -130,7 +130,7 @@ def factored(
         "o": p.o.flatten(1),
         "o_bias": o_bias,
     }
-    return LatentWeights(**{name: None if t is None else t.to(like.dtype) for name, t in parts.items()})
+    return LatentWeights(**{name: None if t is None else t.to(like.dtype) for name, t in parts.items()})  # type: ignore[arg-type]
 
 
 def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _normed(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """A head's projection `[H, D, dim]` times what its norm does to an output of the mean size for inputs of unit size."""
+    """A head's projection `[H, D, dim]` times what its norm does to an output of the mean size."""
     weight, bias = weight.double(), None if bias is None else bias.double()
     if norm is None:
         return weight, bias

@@ -42,6 +42,9 @@ class SwappedAttention(GroupedQueryAttention):
         stock: whether the stock family can hold these weights.
     """
 
+    layer_idx: int
+    resid_dropout: nn.Module | None
+
     def __init__(
         self,
         old: nn.Module,

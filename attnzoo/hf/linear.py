@@ -35,6 +35,8 @@ class SwappedLinearAttention(LinearAttention):
     """
 
     keeps_state = True  # in the model's cache
+    layer_idx: int
+    resid_dropout: nn.Module | None
 
     def __init__(
         self,
@@ -97,7 +99,13 @@ class SwappedLinearAttention(LinearAttention):
         cache = own_cache(past_key_values, layer_past)
         held = None if cache is None or not self.causal else recurrent_layer(cache, self.layer_idx)
         seen = 0 if held is None else held.seen
-        rows = read_rows(attention_mask, hidden_states.shape[:2], seen, causal=self.causal, cu_seqlens=cu_seq_lens_q)
+        rows = read_rows(
+            attention_mask,
+            (hidden_states.shape[0], hidden_states.shape[1]),
+            seen,
+            causal=self.causal,
+            cu_seqlens=cu_seq_lens_q,
+        )
         x = zero_padding(rows.lay(hidden_states), rows.lengths, rows.cu_seqlens)
         q = self.project_q(x)
         k, v = self.project_kv(x)

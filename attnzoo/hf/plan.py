@@ -17,7 +17,6 @@ from attnzoo.hf.linear import SwappedLinearAttention
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
 from attnzoo.specs import GQA, MLA, Linear, Spec
 
-Swapped = (SwappedAttention, SwappedLinearAttention, SwappedLatentAttention)
 _NO_WINDOW = 1 << 30
 
 
@@ -62,7 +61,7 @@ def make_plan(
             if new.get("sliding_window") is not None:
                 new = new | {"sliding_window": _NO_WINDOW}
     final = [
-        spec if isinstance(spec, Linear) else replace(spec, mask=mask)  # type: ignore[type-var]
+        spec if isinstance(spec, Linear) else replace(spec, mask=mask)  # type: ignore[call-arg]
         for spec, mask in zip(whole, masks, strict=True)
     ]
     if refusals:
@@ -114,7 +113,7 @@ def _filled(spec: Spec, layer: nn.Module, geometry: Geometry, family: Family, ro
                 f"spec must be MLA() for layer {layer.layer_idx}, whose heads were factored into {layer.spec}; swap "
                 f"the model that it was made from; got {spec}"
             )
-        return replace(layer.spec, mask=spec.mask)  # type: ignore[union-attr]
+        return replace(layer.spec, mask=spec.mask)  # type: ignore[attr-defined, union-attr]
     if isinstance(spec, MLA):
         if not getattr(family, "outputs", True):
             raise ValueError(f"spec must be a GQA or Linear for the encoder {family.model_type}; got {spec}")

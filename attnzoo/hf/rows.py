@@ -1,4 +1,4 @@
-"""Padding and packing for layers that read tokens in order and no mask: from the model's mask to rows of real tokens."""
+"""Padding and packing for layers that read tokens in order: from the model's mask to rows of real tokens."""
 
 from __future__ import annotations
 

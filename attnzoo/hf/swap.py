@@ -18,7 +18,7 @@ from attnzoo.hf.encoders import ENCODERS
 from attnzoo.hf.latent import SwappedLatentAttention
 from attnzoo.hf.layers import SwappedAttention
 from attnzoo.hf.linear import SwappedLinearAttention
-from attnzoo.hf.plan import Plan, Swapped, heads_of, make_plan, one_a_layer
+from attnzoo.hf.plan import Plan, heads_of, make_plan, one_a_layer
 from attnzoo.hf.torch_modules import has_torch_attention, swap_torch
 from attnzoo.hf.weights import split_projections
 from attnzoo.specs import MLA, Linear, Spec
@@ -135,7 +135,11 @@ def _layer(old: nn.Module, number: int, geometry: Geometry, family: Family, plan
     if isinstance(old, SwappedLatentAttention) or (isinstance(old, SwappedLinearAttention) and old.spec == spec):
         return old
     heads = heads_of(old, geometry) if isinstance(spec, MLA) else spec.num_kv_heads  # type: ignore[attr-defined]
-    parts, trained = old.projections() if isinstance(old, Swapped) else split_projections(old, family, geometry)
+    parts, trained = (
+        old.projections()
+        if isinstance(old, SwappedAttention | SwappedLinearAttention)
+        else split_projections(old, family, geometry)
+    )
     parts = merge_heads(parts, heads, method="mean", layer=number)
     sizes = replace(geometry, num_kv_heads=heads)
     if isinstance(spec, Linear):

@@ -29,6 +29,20 @@ class TorchAttention(nn.Module):
         ValueError: for heads that do not divide, bias_k, bias_v or add_zero_attn.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kdim: int
+    vdim: int
+    batch_first: bool
+    dropout: float
+    mask: Mask | None
+
     def __init__(self, old: nn.MultiheadAttention | TorchAttention, spec: GQA) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = old.embed_dim, old.num_heads, old.head_dim
@@ -74,7 +88,7 @@ class TorchAttention(nn.Module):
             (output in the query's layout, None).
 
         Raises:
-            ValueError: for need_weights, floating point masks with other values than 0 and -inf, is_causal without mask.
+            ValueError: for need_weights, masks with other values than 0 and -inf, is_causal without a mask.
         """
         if need_weights:
             raise ValueError("need_weights must be False: TorchAttention never forms the attention weights; got True")

@@ -40,7 +40,7 @@ def take_place(layer: nn.Module, old: nn.Module) -> None:
     """What a model's blocks and caches ask of an attention layer, whatever its mechanism."""
     layer.config, layer.layer_idx = old.config, old.layer_idx
     layer.is_causal = bool(getattr(old, "is_causal", True))  # type: ignore[assignment]
-    layer.resid_dropout = getattr(old, "resid_dropout", None)
+    layer.resid_dropout = getattr(old, "resid_dropout", None)  # type: ignore[assignment]
     layer.train(old.training)
 
 
@@ -93,7 +93,7 @@ def dropout_of(old: nn.Module) -> float:
         module = getattr(old, "dropout", None)  # BERT; a number in a layer of ours
     if module is None:
         module = getattr(old, "attention_dropout", 0.0)
-    return float(module.p if isinstance(module, nn.Dropout) else module)
+    return float(module.p if isinstance(module, nn.Dropout) else module)  # type: ignore[arg-type]
 
 
 def scale_of(old: nn.Module) -> float:
@@ -128,8 +128,7 @@ def check_implementation(layer: nn.Module) -> None:
 def _parameter(old: nn.Module, layer: str, name: str, tensor: Tensor, trained: Tensor) -> nn.Parameter:
     """The old layer's parameter itself where the tensor is its storage, so that optimizers and ties stay valid."""
     there = getattr(getattr(old, layer, None), name, None)
-    same = isinstance(there, nn.Parameter) and there.shape == tensor.shape and not there.is_meta
-    if same and there.data_ptr() == tensor.data_ptr():
+    if isinstance(there, nn.Parameter) and there.shape == tensor.shape and there.data_ptr() == tensor.data_ptr():
         return there
     if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a part of a fused weight, which can go then
         tensor = tensor.clone()

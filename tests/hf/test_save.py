@@ -154,7 +154,7 @@ def test_an_export_loads_saves_and_loads_again_in_a_process_without_attnzoo(buil
         [sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "done 7" in done.stdout
+    assert "done 7 eager" in done.stdout
 
 
 def test_an_export_of_what_a_stock_class_holds_is_a_stock_folder(build, tokens, tmp_path):
