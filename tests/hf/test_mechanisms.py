@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -282,3 +284,26 @@ def test_every_step_th_layer_is_the_last_of_its_group():
     assert every(3, GQA(), Linear(), num_layers=5) == [Linear(), Linear(), GQA(), Linear(), Linear()]
     with pytest.raises(ValueError, match="step"):
         every(0, GQA(), Linear(), num_layers=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_hybrid_trains_in_bfloat16_and_under_autocast_with_checkpointing(build, tokens, dtype):
+    specs = [Linear(feature_map="favor"), MLA(), GQA(1), Linear(feature_map="hedgehog", window=2)]
+    model = attnzoo.swap(build("llama", num_hidden_layers=4, dtype=dtype or torch.float32), specs).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    mask = padding((12, 7, 4), 12, "left")
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        model(tokens, attention_mask=mask, labels=tokens, use_cache=False).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        out = model.eval().generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert out.shape == (3, 16)
+
+
+def test_a_hybrid_compiles_in_one_graph_and_survives_pickling(build, tokens):
+    specs = [Linear(decay="retnet"), MLA(), GQA(1), Linear(feature_map="hedgehog", window=2)]
+    model = attnzoo.swap(build("llama", num_hidden_layers=4), specs)
+    want = logits(model, tokens)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), tokens), want)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, tokens, use_cache=False), want, **CLOSE)
