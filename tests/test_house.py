@@ -29,7 +29,7 @@ KEYS = {
 }
 
 # What computes an op. They share code through the other files of their folder (common.py, rows.py).
-BACKENDS = {"reference", "sdpa", "tiled", "triton"}
+BACKENDS = {"blocked", "chunked", "recurrent", "reference", "sdpa", "tiled", "triton"}
 
 SOURCES = sorted([*(ROOT / "attnzoo").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 
