@@ -99,7 +99,7 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
         export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
     judge("uptrained", run.uptrained)
     write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=summary(config, steps, curve))
-    log.info("the uptrained model lies in %s", run.uptrained)
+    log.info("the uptrained model lies in %s, the report in %s", run.uptrained, run.path / "report.md")
 
 
 def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Path) -> TextDataModule:
