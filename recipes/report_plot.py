@@ -62,7 +62,7 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
         axes.annotate(
             f"{evaluations[last].name}  {_short(evaluations[last].perplexity)}",
             (tokens[-1], values[-1]),
-            xytext=(0, 9),
+            xytext=(0, 13),
             textcoords="offset points",
             ha="right",
             color=colour,
