@@ -42,7 +42,9 @@ def merge_heads(
     have = projections.k.shape[0]
     if num_kv_heads < 1 or have % num_kv_heads:
         allowed = ", ".join(str(n) for n in range(1, have + 1) if have % n == 0)
-        raise ConversionError(f"num_kv_heads must divide the layer's {have} KV heads: {num_kv_heads}, not {allowed}")
+        raise ConversionError(
+            f"num_kv_heads must divide the layer's {have} KV heads, so be one of {allowed}; got {num_kv_heads}"
+        )
     if num_kv_heads == have:
         return projections
     # Layers take far more than a thousand numbers each, so seeds are spread out by a large prime rather than added.

@@ -68,7 +68,7 @@ def edit_tensors(source: Path, change) -> None:
 
 
 def test_requests_that_cannot_be_met(single):
-    refused(single, GQA(4), match=r"num_kv_heads must divide the model's 6 KV heads: 4, not 1, 2, 3, 6")
+    refused(single, GQA(4), match=r"num_kv_heads must divide the model's 6 KV heads, so be one of 1, 2, 3, 6; got 4")
     refused(single, method="svd", match=r"method must be one of mean, first, random, got 'svd'")
     refused(single, [GQA(2)], match="spec lists 1 layers, the model has 2")
     refused(single, [GQA(2), GQA(3)], match="one number of KV heads", kind=Refusal)

@@ -95,7 +95,7 @@ class Family(ABC):
         if not isinstance(num_kv_heads, int) or num_kv_heads < 1 or have % num_kv_heads:
             allowed = ", ".join(str(n) for n in range(1, have + 1) if have % n == 0)
             raise ConversionError(
-                f"num_kv_heads must divide the model's {have} KV heads: {num_kv_heads!r}, not {allowed}"
+                f"num_kv_heads must divide the model's {have} KV heads, so be one of {allowed}; got {num_kv_heads!r}"
             )
         config = copy.deepcopy(config)
         return config if num_kv_heads == have else self._hold_kv_heads(config, num_kv_heads)
