@@ -16,7 +16,6 @@ from attnzoo.hf.weights import check_implementation, own_cache, own_projections,
 from attnzoo.layers import LinearAttention
 from attnzoo.layers.inputs import zero_padding
 from attnzoo.layers.rope import apply_rotary
-from attnzoo.ops.linear import hybrid_attention, linear_decode
 from attnzoo.specs import Linear
 
 
@@ -126,45 +125,18 @@ class SwappedLinearAttention(LinearAttention):
                 if held.seen:
                     raise ValueError("packed documents came with a cache that holds tokens; give none, or a new one")
                 held.close()
-            return self._all_at_once(q, k, v, f_q, f_k, rows)
+            return self.attend(q, k, v, f_q, f_k, rows.lengths, rows.cu_seqlens)
         held.check_open()
         near_keys = k if self.window is not None else None
         if held.state is None:
             held.state = self.new_cache(q.shape[0], dtype=v.dtype, device=v.device)
             held.record(f_k, v, rows.lengths, near_keys)
             held.append(f_k, v, rows.lengths, near_keys, done=False)
-            return self._all_at_once(q, k, v, f_q, f_k, rows)  # with gradients, which a cache does not pass on
+            return self.attend(
+                q, k, v, f_q, f_k, rows.lengths, rows.cu_seqlens
+            )  # with gradients, which a cache does not pass on
         held.record(f_k, v, rows.lengths, near_keys)
-        out = linear_decode(
-            q,
-            k,
-            v,
-            self._checked(held.state, q.shape[0], False),
-            q_features=f_q,
-            k_features=f_k,
-            near_weight=self._near_weight(),
-            scale=self.scale,
-            lengths=rows.lengths,
-        )
+        state = self._checked(held.state, q.shape[0], False)
+        out = self.decode(q, k, v, f_q, f_k, state, rows.lengths)
         held.append(f_k, v, rows.lengths, near_keys, done=True)
         return out
-
-    def _all_at_once(self, q: Tensor, k: Tensor, v: Tensor, f_q: Tensor, f_k: Tensor, rows: Rows) -> Tensor:
-        if self.window is None:
-            return self._linear(f_q, f_k, v, self.causal, rows.lengths, rows.cu_seqlens)
-        return hybrid_attention(
-            q,
-            k,
-            v,
-            window=self.window,
-            q_features=f_q,
-            k_features=f_k,
-            feature_map=self.elementwise_map,
-            near_weight=self._near_weight(),
-            scale=self.scale,
-            key_lengths=rows.lengths,
-            cu_seqlens=rows.cu_seqlens,
-        )
-
-    def _near_weight(self) -> Tensor | None:
-        return None if self.window is None else self.window_factors.sigmoid()

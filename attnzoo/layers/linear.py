@@ -139,29 +139,52 @@ class LinearAttention(GroupedQueryAttention):
                 self.rope, q, k, positions=positions, key_lengths=key_lengths, cu_seqlens=cu_seqlens, cache=cache
             )
         f_q, f_k = self.features(q, query=True), self.features(k, query=False)
-        near = None if self.window is None else self.window_factors.sigmoid()
         if state is not None:
-            scale = self.head_dim**-0.5 if self.scale is None else self.scale
-            out = linear_decode(
-                q, k, v, state, q_features=f_q, k_features=f_k, near_weight=near, scale=scale, lengths=key_lengths
-            )
-        elif self.window is not None:
-            out = hybrid_attention(
-                q,
-                k,
-                v,
-                window=self.window,
-                q_features=f_q,
-                k_features=f_k,
-                feature_map=self.elementwise_map,
-                near_weight=near,
-                scale=self.scale,
-                key_lengths=key_lengths,
-                cu_seqlens=cu_seqlens,
-            )
-        else:
-            out = self._linear(f_q, f_k, v, self.causal, key_lengths, cu_seqlens)
-        return self.merge(out)
+            return self.merge(self.decode(q, k, v, f_q, f_k, state, key_lengths))
+        return self.merge(self.attend(q, k, v, f_q, f_k, key_lengths, cu_seqlens))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        f_q: Tensor,
+        f_k: Tensor,
+        key_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, Hq, S, D]` of projected heads and their `features`, without a cache."""
+        if self.window is None:
+            return self._linear(f_q, f_k, v, self.causal, key_lengths, cu_seqlens)
+        return hybrid_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            q_features=f_q,
+            k_features=f_k,
+            feature_map=self.elementwise_map,
+            near_weight=self._near_weight(),
+            scale=self.scale,
+            key_lengths=key_lengths,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        f_q: Tensor,
+        f_k: Tensor,
+        cache: RecurrentStateCache,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, Hq, S, D]` of new tokens after those in the cache, which takes them in."""
+        near, scale = self._near_weight(), self._scale()
+        return linear_decode(
+            q, k, v, cache, q_features=f_q, k_features=f_k, near_weight=near, scale=scale, lengths=lengths
+        )
 
     def features(self, x: Tensor, *, query: bool) -> Tensor:
         """Features of queries `[B, Hq, S, D]` or keys `[B, Hk, S, D]`, up to the elementwise map."""
@@ -220,11 +243,17 @@ class LinearAttention(GroupedQueryAttention):
             normalize=self.normalize,
             causal=causal,
             log_decay=self.log_decay,
-            scale=self.head_dim**-0.5 if self.scale is None else self.scale,  # not by the number of features
+            scale=self._scale(),
             key_lengths=key_lengths,
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
         )
+
+    def _scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale  # not by the number of features
+
+    def _near_weight(self) -> Tensor | None:
+        return None if self.window is None else self.window_factors.sigmoid()
 
     def _cross_state(
         self, x: Tensor, context: Tensor, key_lengths: Tensor | None, cache: RecurrentStateCache | None
