@@ -1,11 +1,16 @@
-"""What every test leaves behind: nothing."""
+"""What every test leaves behind: nothing. And where there is no GPU, kernels run under Triton's interpreter."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: it decides how they are built
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,64 @@
+"""What every Triton backend asks before it launches: is there Triton, is there a GPU, and how large is it.
+
+This file imports no Triton, so that a machine without it can import every op and read why the kernels do not run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Build(NamedTuple):
+    """One specialisation of a kernel that must compile for every supported GPU; a room's `builds.py` lists them."""
+
+    name: str
+    kernel: Any  # a triton.JITFunction
+    signature: Mapping[str, str]  # run-time arguments and their Triton types, such as {"q": "*bf16", "length": "i32"}
+    constants: Mapping[str, Any]  # constexpr arguments
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+Builds = Iterator[Build]
+
+
+def triton_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on tensors of this device; empty if they can."""
+    if find_triton() is None:
+        return ["needs the triton package"]
+    if interpreted():
+        return []
+    if device.type != "cuda":
+        return [f"runs on CUDA, or anywhere under TRITON_INTERPRET=1; tensors are on {device.type}"]
+    if capability(device.index) < (8, 0):
+        return ["needs compute capability 8.0"]
+    return []
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on the host; decided when they are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def find_triton() -> object | None:
+    """Triton's module spec, or None where it is not installed."""
+    return find_spec("triton")
+
+
+@lru_cache(maxsize=64)
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a CUDA device, the current one for None."""
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=64)
+def num_multiprocessors(index: int | None) -> int:
+    """Streaming multiprocessors of a CUDA device; a small number under the interpreter, which runs one after another."""
+    return 4 if interpreted() else torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,100 @@
+"""Compile every Triton kernel for every supported GPU, on a machine without one, and report what it takes.
+
+    python scripts/compile_kernels.py [--ops softmax linear] [--targets 80 90 100] [--out report.json] [--jobs 2]
+
+Exits with status 1 if a kernel does not compile. Each op lists its kernels in `attnzoo/ops/<op>/triton/builds.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+OPS = ("softmax", "decoding", "latent", "linear")
+TARGETS = (80, 90, 100)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--ops", nargs="+", default=OPS, choices=OPS)
+    arguments.add_argument("--targets", nargs="+", type=int, default=TARGETS, help="compute capabilities, times ten")
+    arguments.add_argument("--out", type=Path, help="write the report here, as JSON")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = arguments.parse_args()
+    work = [(op, build.name, target) for op in options.ops for build in builds(op) for target in options.targets]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(compile_one, *zip(*work, strict=True)))
+    for row in rows:
+        print(describe(row), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    failed = sum("error" in row for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} kernels compile")
+    return int(failed > 0)
+
+
+def builds(op: str) -> list:
+    """What the op's room lists; nothing where it has no kernels."""
+    name = f"attnzoo.ops.{op}.triton.builds"
+    try:
+        return list(importlib.import_module(name).builds())
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            return []
+        raise
+
+
+def compile_one(op: str, name: str, target: int) -> dict:
+    """Compile one build for one target; a row of the report."""
+    row = {"op": op, "kernel": name, "target": f"sm_{target}"}
+    build = next(build for build in builds(op) if build.name == name)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(
+            ASTSource(build.kernel, dict(build.signature), dict(build.constants)),
+            target=GPUTarget("cuda", target, 32),
+            options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        )
+    except Exception as error:  # whatever the compiler raises is the report's business
+        return row | {"error": f"{type(error).__name__}: {str(error)[-2000:]}"}
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    return row | {"shared_bytes": compiled.metadata.shared} | resources(compiled.asm["cubin"])
+
+
+def resources(cubin: bytes) -> dict:
+    """Registers a thread and bytes of local memory, where spilled registers go, of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"])}
+
+
+def describe(row: dict) -> str:
+    """A row of the report as a line."""
+    start = f"{row['op']:9s} {row['kernel']:44s} {row['target']:7s}"
+    if "error" in row:
+        return f"{start} FAILED {row['error']}"
+    numbers = f"{row['registers']:4d} registers {row['stack_bytes']:5d} B stack {row['shared_bytes'] / 1024:6.1f} KiB"
+    return f"{start} {numbers} {row['seconds']:6.2f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
