@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.conversion.errors import ConversionError, Refusal
+from attnzoo.conversion.rotary import Layout, Rotary
 from attnzoo.masks import Causal, Mask, SlidingWindow
 
 Config = dict[str, Any]
@@ -65,6 +66,18 @@ class Family(ABC):
     optional: tuple[str, ...] = ()
     # Not weights: tables that old checkpoints store beside them. They are carried over as they are.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # How RoPE pairs the dimensions of a head (None: there is none), and which part of them where no key says it.
+    rope: Layout | None = "half"
+    rotated: float = 1.0
+
+    def rotary(self, config: Config, layer: int) -> Rotary:
+        """What RoPE turns in a layer's heads."""
+        if self.rope is None:
+            return Rotary()
+        keys = (config, config.get("rope_parameters") or {})
+        found = (where.get(key) for where in keys for key in ("partial_rotary_factor", "rotary_pct"))
+        part = next((value for value in found if value is not None), self.rotated)
+        return Rotary(int(self.geometry(config).head_dim * part), self.rope)
 
     @abstractmethod
     def geometry(self, config: Config) -> Geometry:

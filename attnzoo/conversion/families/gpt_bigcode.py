@@ -19,6 +19,7 @@ class GPTBigCode(Family):
     outside = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
     required = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
     buffers = ("bias", "masked_bias")
+    rope = None
 
     def geometry(self, config: Config) -> Geometry:
         return gpt2_geometry(config, kv_heads=1 if config.get("multi_query", True) else None)

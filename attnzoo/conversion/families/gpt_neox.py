@@ -19,6 +19,7 @@ class GPTNeoX(Family):
     required = ("query_key_value.weight", "dense.weight")
     optional = ("query_key_value.bias", "dense.bias")
     buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")
+    rotated = 0.25
 
     def geometry(self, config: Config) -> Geometry:
         # The class reads neither key, whatever a config.json may carry.

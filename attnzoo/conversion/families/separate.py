@@ -27,8 +27,10 @@ class Separate(Family):
         window: Window | None = None,
         output: str = "o_proj",
         final_norm: str = "norm.weight",
+        rotated: float = 1.0,
     ) -> None:
         self.model_type = model_type
+        self.rotated = rotated
         self.output = output
         self._kv_heads, self._head_dim, self._window = kv_heads, head_dim, window
         self.outside = ("embed_tokens.weight", final_norm)
@@ -101,5 +103,5 @@ FAMILIES = (
     Separate("gemma", kv_heads=16, head_dim=256),
     Separate("gemma2", kv_heads=4, head_dim=256, window="layer_types"),
     Separate("gemma3_text", kv_heads=4, head_dim=256, norms=True, window="bound_to_rope"),
-    Separate("phi", output="dense", final_norm="final_layernorm.weight"),
+    Separate("phi", output="dense", final_norm="final_layernorm.weight", rotated=0.5),
 )
