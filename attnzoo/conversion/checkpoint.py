@@ -106,20 +106,19 @@ def _write_shard(plan: Plan, shard: Shard, where: dict[str, Path], new: Path, me
     with ShardWriter(new, shard) as writer:
         done = set()
         for layer in plan.layers:
-            if not any(name in shard.entries for name in layer.weights.values()):
+            if not any(where[name].name == shard.name for name in layer.weights.values()):
                 continue
             # A layer whose weights lie in two shards is worked out twice, which costs less than keeping it.
-            tensors = {inner: _read(where[name], name) for inner, name in layer.weights.items()}
+            tensors = {inner: _read(where[name], name) for inner, name in layer.sources.items()}
             for name, tensor in plan.convert(layer, tensors, method, seed).items():
                 if name in shard.entries:
                     writer.write(name, tensor)
                     done.add(name)
         for name in shard.entries.keys() - done:
+            move = plan.moves[name]
             # What is left in the attention are masks and frequency tables, where -inf has a meaning.
-            tensor = _read(where[name], name, finite=plan.family.locate(name) is None)
-            carried = plan.family.carry(name, tensor, plan.holder)
-            assert carried is not None  # the plan has left out the others
-            writer.write(name, carried)
+            sources = (_read(where[s], s, finite=plan.family.locate(s) is None) for s in move.sources)
+            writer.write(name, move.make(*sources))
 
 
 def _read(path: Path, name: str, *, finite: bool = True) -> Tensor:
@@ -136,7 +135,6 @@ def _read(path: Path, name: str, *, finite: bool = True) -> Tensor:
 def _new_index(index: dict[str, Any], old: list[Shard], new: list[Shard]) -> dict[str, Any]:
     metadata = dict(index.get("metadata") or {})
     metadata["total_size"] = sum(shard.nbytes for shard in new)
-    # It may count more than the files hold, so only the change is known.
     # It may count more than the files hold, so only the change is known.
     if isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += _numel(new) - _numel(old)

@@ -134,17 +134,12 @@ def _convert_model(model: PreTrainedModel, spec: Spec | Sequence[Spec], method: 
 
 def _converted(plan: Plan, state: dict[str, Tensor], method: str, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The new model's tensors, none of which shares memory with the old one's."""
-    attention = set()
     for layer in plan.layers:
-        tensors = {inner: state[name] for inner, name in layer.weights.items()}
-        attention |= set(layer.weights.values())
+        tensors = {inner: state[name] for inner, name in layer.sources.items()}
         for name, tensor in plan.convert(layer, tensors, method, seed).items():
             yield name, tensor.clone()
-    for name, tensor in state.items():
-        if name not in attention:
-            carried = plan.family.carry(name, tensor, plan.holder)
-            if carried is not None:
-                yield name, carried.clone()
+    for name, move in plan.moves.items():
+        yield name, move.make(*(state[source] for source in move.sources)).clone()
 
 
 def _match(new: PreTrainedModel, old: PreTrainedModel, state: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ A family works on config.json dictionaries and tensors alone, so that a checkpoi
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +50,24 @@ class Projections:
     k_norm: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Move:
+    """How a tensor outside of the attention weights comes about: `make` of the old checkpoint's tensors `sources`.
+
+    It is stored in the shard, and in the dtype, of the first of them. `make` runs on meta tensors too.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+
 class Family(ABC):
     """One storage of attention weights; `split` and `join` are exact inverses.
 
     Names are those of a stock transformers class: `base` is the path of the base model inside the *ForCausalLM,
     `attention` the path of a layer's attention inside the base model, `required` and `optional` the tensors in there,
-    `outside` tensors that every base model has outside its layers.
+    `outside` tensors that every base model has outside its layers, `varied` beginnings of names inside a layer that not
+    every layer has.
     """
 
     model_type: str
@@ -64,6 +76,7 @@ class Family(ABC):
     outside: tuple[str, ...] = ("embed_tokens.weight", "norm.weight")
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
     # Not weights: tables that old checkpoints store beside them. They are carried over as they are.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     # How RoPE pairs the dimensions of a head (None: there is none), and which part of them where no key says it.
@@ -129,12 +142,20 @@ class Family(ABC):
             "one for every layer); attnzoo.swap holds it in memory"
         )
 
-    def attention_path(self, layer: int) -> str:
-        """The module path of a layer's attention inside the *ForCausalLM."""
-        return self.base + self.attention.format(layer=layer)
+    def attentions(self, geometry: Geometry) -> int:
+        """How many attention modules of these sizes a model has; they are numbered from 0."""
+        return geometry.num_layers
+
+    def path(self, number: int) -> str:
+        """The module path of an attention inside the base model."""
+        return self.attention.format(layer=number)
+
+    def attention_path(self, number: int) -> str:
+        """The module path of an attention inside the *ForCausalLM."""
+        return self.base + self.path(number)
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """(layer, name inside the attention module) of a checkpoint's tensor, or None where it is not attention's.
+        """(attention, name inside its module) of a checkpoint's tensor, or None where it is not attention's.
 
         Files saved from the base model alone have no `base` prefix (GPT-2's on the hub: "h.0.attn.c_attn.weight").
         """
@@ -142,9 +163,22 @@ class Family(ABC):
         match = re.fullmatch(rf"(?:{re.escape(self.base)})?{path}\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
 
-    def carry(self, name: str, tensor: Tensor, holder: "Family") -> Tensor | None:
-        """A tensor that is no attention weight, as the family `holder` stores it; None where it has no place there."""
-        return tensor
+    def moves(self, names: Iterable[str], holder: "Family") -> dict[str, Move]:
+        """The tensors that the family `holder` has besides the attention weights, out of those of here, `names`.
+
+        A name that is no move's source is left behind. For its own kind a family keeps all as they are.
+        """
+        return {name: Move((name,)) for name in names}
+
+    def beside(self, number: int, holder: "Family") -> dict[str, str]:
+        """What `house` needs besides an attention's weights: its word for a tensor -> name inside the base model."""
+        return {}
+
+    def house(
+        self, projections: Projections, beside: Mapping[str, Tensor], geometry: Geometry, holder: "Family"
+    ) -> dict[str, Tensor]:
+        """An attention's weights as the family `holder` stores them, which may put more into them than `join` does."""
+        return holder.join(projections, geometry)
 
     def check_names(self, names: Mapping[str, Tensor]) -> None:
         """Raise ConversionError where a required name is missing, or one is neither a weight nor a known buffer."""

@@ -1,12 +1,12 @@
 """GPT-2: `c_attn` is a Conv1D `[in, 3 * dim]` with columns q | k | v; one KV head is GPTBigCode's multi-query form."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from attnzoo.conversion.errors import ConversionError, Refusal
-from attnzoo.conversion.families.base import Config, Family, Geometry, Projections, shaped, whole
+from attnzoo.conversion.families.base import Config, Family, Geometry, Move, Projections, shaped, whole
 
 # Both classes have these heads, computed alike.
 _ARCHITECTURES = {
@@ -81,13 +81,20 @@ class GPT2(Family):
             config["architectures"] = [_ARCHITECTURES[name] for name in config["architectures"]]
         return config
 
-    def carry(self, name: str, tensor: Tensor, holder: Family) -> Tensor | None:
+    def moves(self, names: Iterable[str], holder: Family) -> dict[str, Move]:
         if holder is self:
-            return tensor
-        if self.locate(name):  # the causal mask and its fill value, which GPTBigCode does not store
-            return None
-        # GPTBigCode has a Linear [out, in] wherever GPT-2 has a Conv1D [in, out].
-        return tensor.t().contiguous() if name.endswith(("mlp.c_fc.weight", "mlp.c_proj.weight")) else tensor
+            return super().moves(names, holder)
+        # GPTBigCode stores no causal mask with its fill value, and has a Linear [out, in] for each Conv1D [in, out].
+        turned = ("mlp.c_fc.weight", "mlp.c_proj.weight")
+        return {
+            name: Move((name,), _turned) if name.endswith(turned) else Move((name,))
+            for name in names
+            if not self.locate(name)
+        }
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.t().contiguous()
 
 
 FAMILIES = (GPT2(),)
