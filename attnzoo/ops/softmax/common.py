@@ -27,6 +27,9 @@ class Call(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # [N + 1]
     cu_seqlens_k: Tensor | None = None  # [N + 1]
     return_lse: bool = False
+    bias: Tensor | None = None  # broadcastable to [B, Hq, Sq, Sk]
+    alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq]
+    deterministic: bool = False
 
     @property
     def packed(self) -> bool:
@@ -66,13 +69,31 @@ def visibility(call: Call) -> Tensor:
 
 def packed_visibility(mask: Mask, q_len: int, k_len: int, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
     """The mask inside each document, bool `[q_len, k_len]`; rows and columns past the last boundary are dark."""
+    assert cu_q is not None
+    q_doc, q_at, k_doc, k_at = packed_positions(q_len, k_len, cu_q, cu_k)
+    same = (q_doc[:, None] == k_doc[None, :]) & (q_doc[:, None] < len(cu_q) - 1)
+    return same & mask.visible(q_at[:, None], k_at[None, :])
+
+
+def distances(call: Call) -> Tensor:
+    """|i - j| of each query and key, int64 `[Sq, Sk]`, inside each document where packed. Quadratic."""
+    q_len, k_len, device = call.q.shape[2], call.k.shape[2], call.q.device
+    if call.packed:
+        _, q_at, _, k_at = packed_positions(q_len, k_len, call.cu_seqlens_q, call.cu_seqlens_k)
+    else:
+        q_at, k_at = torch.arange(k_len - q_len, k_len, device=device), torch.arange(k_len, device=device)
+    return (q_at[:, None] - k_at[None, :]).abs()
+
+
+def packed_positions(
+    q_len: int, k_len: int, cu_q: Tensor | None, cu_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The document of each query and its place in it, aligned bottom right document by document; then the keys'."""
     assert cu_q is not None and cu_k is not None
     q_doc, q_at = _documents(cu_q, q_len)
     k_doc, k_at = _documents(cu_k, k_len)
-    shift = torch.diff(cu_k) - torch.diff(cu_q)  # bottom-right alignment, document by document
-    q_at = q_at + shift[q_doc.clamp(0, len(shift) - 1)]
-    same = (q_doc[:, None] == k_doc[None, :]) & (q_doc[:, None] < len(shift))
-    return same & mask.visible(q_at[:, None], k_at[None, :])
+    shift = torch.diff(cu_k) - torch.diff(cu_q)
+    return q_doc, q_at + shift[q_doc.clamp(0, len(shift) - 1)], k_doc, k_at
 
 
 def _documents(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:

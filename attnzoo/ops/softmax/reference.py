@@ -1,7 +1,8 @@
 """Attention as the textbook writes it, scores and all: the truth that other backends are held to.
 
-Softmax(scale * Q K^T) V (arXiv 1706.03762) with grouped heads (2305.13245), soft-capped scores (Gemma 2, 2408.00118)
-and attention sinks, one learned logit a head that takes probability and gives no value (2309.17453, gpt-oss).
+Softmax(scale * Q K^T) V (arXiv 1706.03762) with grouped heads (2305.13245), soft-capped scores (Gemma 2, 2408.00118),
+an additive bias, ALiBi's penalty of distance (2108.12409) and attention sinks, one learned logit a head that takes
+probability and gives no value (2309.17453, gpt-oss).
 Quadratic in memory, differentiable by autograd, right in fp64; it runs only when asked for.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.ops.softmax.common import Call, accumulation_dtype, visibility
+from attnzoo.ops.softmax.common import Call, accumulation_dtype, distances, visibility
 
 
 def reasons(call: Call) -> list[str]:
@@ -23,7 +24,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, q_len, _ = call.q.shape
     k_heads, k_len = call.k.shape[1:3]
     shape = (batch, k_heads, call.group, q_len, k_len)
-    visible = visibility(call).expand(batch, q_heads, q_len, k_len).reshape(shape)
+    visible = visibility(call)
+    if call.bias is not None:
+        visible = visible & (call.bias > -torch.inf)
+    visible = visible.expand(batch, q_heads, q_len, k_len).reshape(shape)
     sees = visible.any(-1, keepdim=True)  # [B, Hk, G, Sq, 1]
     seen = visible.any(2).any(2)[..., None]  # [B, Hk, Sk, 1]
 
@@ -36,6 +40,11 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.bias is not None:
+        scores = scores + call.bias.to(dtype).expand(batch, q_heads, q_len, k_len).reshape(shape)
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes.to(dtype).reshape(-1, k_heads, call.group, 1, 1)
+        scores = scores - slopes * distances(call)
     scores = scores.masked_fill(~visible, -torch.inf)
     columns = scores
     if call.sinks is not None:

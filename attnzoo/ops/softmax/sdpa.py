@@ -28,6 +28,10 @@ def reasons(call: Call) -> list[str]:
         out.append("has no softcap")
     if call.sinks is not None:
         out.append("has no sinks")
+    if call.bias is not None:
+        out.append("has no bias")
+    if call.alibi_slopes is not None:
+        out.append("has no ALiBi")
     if call.return_lse:
         out.append("does not return the logsumexp")
     if call.q.shape[-1] != call.v.shape[-1]:

@@ -17,8 +17,8 @@ from attnzoo.ops.softmax.rows import Inputs, rows_of_tiles
 
 
 def reasons(call: Call) -> list[str]:
-    """Why this backend cannot run the call: never."""
-    return []
+    """Why this backend cannot run the call; empty if it can."""
+    return [] if call.bias is None and call.alibi_slopes is None else ["has no bias yet"]
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
