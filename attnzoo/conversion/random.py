@@ -17,4 +17,10 @@ def random(projections: Projections, num_kv_heads: int, generator: torch.Generat
         noise = torch.randn(heads[:, 0].shape, generator=generator, dtype=heads.dtype).to(heads.device)
         return noise * heads.square().mean().sqrt()
 
-    return pool_heads(projections, num_kv_heads, weights=drawn, biases=lambda heads: torch.zeros_like(heads[:, 0]))
+    return pool_heads(
+        projections,
+        num_kv_heads,
+        weights=drawn,
+        biases=lambda heads: torch.zeros_like(heads[:, 0]),
+        norms=lambda heads: heads.mean(1),
+    )

@@ -25,8 +25,8 @@ from attnzoo.specs import MLA, Linear, Spec
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Its layers are called in a way of their own.
-_CONVERT_ONLY = frozenset({"gpt_bigcode"})
+# Their layers are called in a way of their own, or do more than the layer that would take their place.
+_CONVERT_ONLY = frozenset({"cohere", "cohere2", "gpt_bigcode", "olmo", "olmo2", "smollm3"})
 
 
 def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:

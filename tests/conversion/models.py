@@ -14,6 +14,8 @@ USUAL = {
     "max_position_embeddings": 64,
 }
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = USUAL | {"num_key_value_heads": 6}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS = {
     "llama": USUAL | {"num_key_value_heads": 6, "head_dim": 10, "attention_bias": True},
     "mistral": USUAL | {"num_key_value_heads": 6, "head_dim": 10, "sliding_window": 5},
@@ -24,6 +26,18 @@ CONFIGS = {
     "gemma3_text": USUAL | {"num_key_value_heads": 6, "head_dim": 10, "sliding_window": 5, "sliding_window_pattern": 2},
     "phi3": USUAL | {"num_key_value_heads": 6},
     "phi": USUAL | {"num_key_value_heads": 6},
+    "mixtral": GROUPED | {"head_dim": 10, "num_local_experts": 2, "sliding_window": 5},
+    "qwen2_moe": GROUPED | EXPERTS | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
+    "qwen3_moe": GROUPED | EXPERTS | {"head_dim": 10, "decoder_sparse_step": 2},
+    "granite": GROUPED | {"attention_bias": True, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "stablelm": GROUPED | {"use_qkv_bias": True, "use_parallel_residual": True},
+    "starcoder2": GROUPED | {"sliding_window": 5},
+    "nemotron": GROUPED | {"head_dim": 10, "attention_bias": True},
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},
+    "olmo": GROUPED | {"clip_qkv": 0.5},
+    "olmo2": GROUPED | {"attention_bias": True},
+    "cohere": GROUPED | {"use_qk_norm": True, "attention_bias": True},
+    "cohere2": GROUPED | {"head_dim": 10, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},
     "gpt_bigcode": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "multi_query": False},
     "gpt_neox": USUAL | {"rotary_pct": 0.25},

@@ -105,8 +105,8 @@ def test_heads_that_were_duplicated_come_back_under_mean(model_type, tmp_path):
     for layer in range(geometry.num_layers):
         attention = model.get_submodule(family.attention_path(layer))
         few = merge_heads(family.split(attention.state_dict(), geometry), heads, "first")
-        for name in ("k", "v", "k_bias", "v_bias"):
-            if (tensor := getattr(few, name)) is not None:
+        for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
+            if (tensor := getattr(few, name)) is not None and (name != "k_norm" or tensor.ndim == 2):
                 object.__setattr__(few, name, tensor.repeat_interleave(6 // heads, dim=0))
         attention.load_state_dict(family.join(few, geometry))
     model.save_pretrained(tmp_path / "many")

@@ -49,6 +49,8 @@ def test_projections_are_the_ones_that_the_model_computes_with(model):
     hook.remove()
     x = seen["x"][:, 0]
     v = torch.einsum("hdi,bi->bhd", p.v, x) + (0 if p.v_bias is None else p.v_bias)
+    if clip := getattr(model.config, "clip_qkv", None):
+        v = v.clamp(-clip, clip)
     v = v.repeat_interleave(geometry.num_heads // geometry.num_kv_heads, dim=1)
     y = torch.einsum("ohd,bhd->bo", p.o, v) + (0 if p.o_bias is None else p.o_bias)
     torch.testing.assert_close(y, seen["y"][:, 0])

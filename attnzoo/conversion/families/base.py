@@ -35,7 +35,8 @@ class Projections:
     """One layer's attention weights with the storage undone; any dtype and device.
 
     q `[Hq, D, dim]`, k and v `[Hk, D, dim]`, o `[dim, Hq, D]`; q_bias `[Hq, D]`, k_bias and v_bias `[Hk, D]`,
-    o_bias `[dim]`, q_norm and k_norm `[D]` (weights of the per-head RMS norms), each None where the model has none.
+    o_bias `[dim]`, q_norm and k_norm (weights of norms of each head) `[D]`, or `[Hq, D]` and `[Hk, D]` where a head has
+    its own; each None where the model has none.
     """
 
     q: Tensor
@@ -79,6 +80,8 @@ class Family(ABC):
     varied: tuple[str, ...] = ()
     # Not weights: tables that old checkpoints store beside them. They are carried over as they are.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # Whether one norm runs over the channels of all heads together, so that its statistics are theirs (OLMo2).
+    joint_norm: bool = False
     # How RoPE pairs the dimensions of a head (None: there is none), and which part of them where no key says it.
     rope: Layout | None = "half"
     rotated: float = 1.0
