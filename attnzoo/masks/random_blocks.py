@@ -60,7 +60,7 @@ class RandomBlocks(Mask):
         rows, keys = i // self.block, j // self.block
         seen = torch.zeros(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=j.device)
         for stretch in range(self.per_row):
-            seen = seen | (self._drawn(rows, stretch) == keys)
+            seen = seen | (self.drawn(rows, stretch) == keys)
         return seen
 
     def tiles(self, i: Span, j: Span) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class RandomBlocks(Mask):
         for below in range(deepest):  # the blocks of queries in a tile, one after another
             row = torch.minimum(rows + below, last_row)
             for stretch in range(self.per_row):
-                drawn = self._drawn(row, stretch)
+                drawn = self.drawn(row, stretch)
                 anything = anything | ((keys <= drawn) & (drawn <= last_key))
         return anything, anything & (rows == last_row) & (keys == last_key)
 
@@ -81,7 +81,7 @@ class RandomBlocks(Mask):
     def causal(self) -> bool:
         return self.length is None
 
-    def _drawn(self, row: Tensor, stretch: int) -> Tensor:
+    def drawn(self, row: Tensor, stretch: int) -> Tensor:
         """The block drawn for each block of queries from one of the stretches; -1 if that stretch is empty."""
         row = row.long()
         if self.length is None:

@@ -1,0 +1,1 @@
+"""Flash attention as Triton kernels, with every mask of `attnzoo.masks` fused."""

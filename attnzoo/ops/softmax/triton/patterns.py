@@ -1,0 +1,197 @@
+"""A mask as the kernels read it: its structure, which they are compiled for, and its data, which they look up.
+
+The structure is a program, a nested tuple such as `("and", ("documents", 0), ("sliding_window", 1024, 0))`, in which a
+model's fixed numbers stand themselves. What changes from batch to batch (documents, global tokens, lengths) stands in
+tables, and the program only says in which slot, so that new documents never compile a kernel again.
+
+All tables lie in one tensor. It starts with two numbers a slot: where the slot's table starts, and how long it is.
+A table has one number a position, or a block of them; beyond its ends, before position 0 too, stands -1.
+
+A mask that differs by head becomes `("per_head", programs)`. Table 0 then has two numbers a head: which of the programs
+it runs, and which slot that program calls its slot 0. Heads that differ in their data alone share a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnzoo.masks import (
+    And,
+    Blockwise,
+    Causal,
+    Dilated,
+    Documents,
+    Full,
+    GlobalTokens,
+    Mask,
+    Or,
+    PerHead,
+    RandomBlocks,
+    SlidingWindow,
+)
+from attnzoo.ops.softmax.triton.kept import Kept, upload
+
+Program = tuple[Any, ...]
+
+FAR = 1 << 30  # further than positions reach; twice that is still an int32
+
+
+class Pattern(NamedTuple):
+    """A mask as the kernels read it; the file's head describes both."""
+
+    program: Program
+    tables: Tensor  # int32, on the device
+
+
+def lower(mask: Mask, q_heads: int, q_len: int, k_len: int, device: torch.device) -> Pattern:
+    """The mask for kernels over these shapes, made once and kept.
+
+    Args:
+        mask: for any number of heads, or for `q_heads` of them; of a kind without `reasons`.
+
+    Raises:
+        RuntimeError: if it has to be made while a CUDA graph is captured.
+    """
+    # No table tells one negative position from another, so it does not matter how many queries there are.
+    return _PATTERNS.get((mask.text, k_len), device, lambda: _lower(mask, k_len, device))
+
+
+def reasons(mask: Mask) -> list[str]:
+    """Why kernels cannot evaluate the mask: one for each pattern in it that is not of `attnzoo.masks`."""
+    if type(mask) not in _LOWERED:
+        return [f"cannot evaluate mask {mask.pattern!r} in a kernel"]
+    parts = mask.masks if isinstance(mask, PerHead) else vars(mask).values()
+    return [reason for part in parts if isinstance(part, Mask) for reason in reasons(part)]
+
+
+_PATTERNS: Kept[Pattern] = Kept(64)
+
+
+def _lower(mask: Mask, k_len: int, device: torch.device) -> Pattern:
+    tables = _Tables()
+    if mask.heads is None:
+        program = _program(mask, k_len, tables)
+    else:
+        program = _per_head([mask.head(number) for number in range(mask.heads)], k_len, tables)
+    return Pattern(program, upload(tables.written(), device))
+
+
+class _Tables:
+    """Tables that a program asks for, each under a slot; equal ones share their data."""
+
+    def __init__(self) -> None:
+        self.base = 0  # programs count their slots from here
+        self._slots: list[int] = []  # number of the data of each
+        self._data: list[np.ndarray] = []
+        self._known: dict[tuple[Mask, int], int] = {}
+
+    def slot(self, mask: Mask, length: int, make: Callable[[], np.ndarray]) -> int:
+        """A slot with the table of this mask over so many positions."""
+        if (mask, length) not in self._known:
+            self._known[mask, length] = len(self._data)
+            self._data.append(make())
+        self._slots.append(self._known[mask, length])
+        return len(self._slots) - 1 - self.base
+
+    def reserve(self) -> None:
+        """Keep the first slot for what is known last."""
+        self._slots.append(0)
+        self._data.append(np.empty(0))
+
+    def fill(self, values: np.ndarray) -> None:
+        """Fill the reserved slot."""
+        self._data[0] = values
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    def written(self) -> np.ndarray:
+        """All of it as one row of numbers."""
+        lengths = np.array([len(data) for data in self._data], dtype=np.int64)
+        starts = 2 * len(self._slots) + np.cumsum(lengths) - lengths
+        head = np.stack([starts[self._slots], lengths[self._slots]], axis=-1) if self._slots else np.zeros(1)
+        return np.concatenate([head.ravel(), *self._data])
+
+
+def _per_head(masks: list[Mask], length: int, tables: _Tables) -> Program:
+    """Slot 0 leads each head to its program and its tables."""
+    tables.reserve()
+    programs: dict[Program, int] = {}
+    known: dict[Mask, tuple[int, int]] = {}
+    for mask in masks:
+        if mask not in known:
+            tables.base = tables.num_slots
+            program = _program(mask, length, tables)
+            known[mask] = programs.setdefault(program, len(programs)), tables.base
+    tables.fill(np.array([known[mask] for mask in masks]).ravel())
+    return "per_head", tuple(programs)
+
+
+def _program(mask: Mask, length: int, tables: _Tables) -> Program:
+    """The program of a mask of one head over so many positions, or blocks of them."""
+    lowered = _LOWERED.get(type(mask))
+    if lowered is None:
+        raise TypeError("; ".join(reasons(mask)))
+    return mask.pattern, *lowered(mask, length, tables)
+
+
+def _pair(mask: And | Or, length: int, tables: _Tables) -> Program:
+    return _program(mask.first, length, tables), _program(mask.second, length, tables)
+
+
+def _blockwise(mask: Blockwise, length: int, tables: _Tables) -> Program:
+    return min(mask.block, FAR), _program(mask.mask, -(-length // mask.block), tables)
+
+
+def _dilated(mask: Dilated, length: int, tables: _Tables) -> Program:
+    """The first distance that is seen, the first that is no longer, and the step between them."""
+    first, end = -mask.ahead * mask.dilation, mask.window * mask.dilation
+    return max(first, -FAR), min(end, FAR), min(mask.dilation, FAR)
+
+
+def _documents(mask: Documents, length: int, tables: _Tables) -> Program:
+    def number_of_each_position() -> np.ndarray:
+        bounds = np.minimum(np.array(mask.cu_seqlens), length)
+        return np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
+
+    return (tables.slot(mask, length, number_of_each_position),)
+
+
+def _global_tokens(mask: GlobalTokens, length: int, tables: _Tables) -> Program:
+    def whether_each_position_is_one() -> np.ndarray:
+        if isinstance(mask.tokens, int):
+            return np.ones(min(mask.tokens, length), dtype=np.int32)
+        tokens = np.array(mask.tokens)
+        return np.bincount(tokens[tokens < length])
+
+    return (tables.slot(mask, length, whether_each_position_is_one),)
+
+
+def _random_blocks(mask: RandomBlocks, length: int, tables: _Tables) -> Program:
+    def drawn_for_each_block() -> np.ndarray:  # [blocks * per_row]
+        rows = torch.arange(-(-length // mask.block))
+        drawn = [mask.drawn(rows, stretch) for stretch in range(mask.per_row)]
+        return torch.stack(drawn, dim=-1).numpy().ravel() if drawn else np.empty(0)
+
+    return tables.slot(mask, length, drawn_for_each_block), min(mask.block, FAR), mask.per_row
+
+
+_LOWERED: dict[type[Mask], Callable[[Any, int, _Tables], Program]] = {
+    And: _pair,
+    Blockwise: _blockwise,
+    Causal: lambda mask, length, tables: (),
+    Dilated: _dilated,
+    Documents: _documents,
+    Full: lambda mask, length, tables: (),
+    GlobalTokens: _global_tokens,
+    Or: _pair,
+    PerHead: lambda mask, length, tables: (),  # `_lower` takes it apart
+    RandomBlocks: _random_blocks,
+    SlidingWindow: lambda mask, length, tables: (min(mask.window, FAR), min(mask.ahead, FAR)),
+}
