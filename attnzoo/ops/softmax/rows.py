@@ -45,7 +45,8 @@ class Loaded(NamedTuple):
     q: Tensor  # [b, h, G * r, D]
     k: Tensor  # [b, h, n, D]
     v: Tensor  # [b, h, n, Dv]
-    scores: Tensor  # [b, h, G, r, n], scaled and capped, not masked
+    capped: Tensor  # [b, h, G, r, n], scaled and capped
+    scores: Tensor  # the same with bias and ALiBi, not masked
     visible: Tensor | None  # broadcastable to the scores; None: all
     sees: Tensor | None  # [1|b, 1|h, 1|G, r, 1]: whether the query sees any key
     sink: Tensor | None  # [1, h, G, 1, 1]
@@ -84,6 +85,8 @@ class Inputs(NamedTuple):
     scale: float
     softcap: float
     dropout_p: float
+    bias: Tensor | None = None  # [1|B, 1|Hq, 1|Sq, 1|Sk]
+    slopes: Tensor | None = None  # [1|B, Hq]
 
     @property
     def group(self) -> int:
@@ -97,7 +100,8 @@ class Inputs(NamedTuple):
         shape = (row.group, q.shape[2])
         q = q.unflatten(1, (-1, row.group)).flatten(2, 3)
         k, v = (torch.cat([t[:, row.heads, run] for run in row.keys], dim=2).to(dtype) for t in (self.k, self.v))
-        visible, sees = self._visible(row), None
+        bias = self._bias(row)
+        visible, sees = self._visible(row, bias), None
         if visible is not None:
             sees = visible.any(-1, keepdim=True)
             q = q.unflatten(2, shape).masked_fill(~sees, 0).flatten(2, 3)
@@ -106,10 +110,16 @@ class Inputs(NamedTuple):
         scores = (q @ k.mT).mul_(self.scale).unflatten(2, shape)
         if self.softcap:
             scores = torch.tanh(scores.div_(self.softcap)).mul_(self.softcap)
+        capped = scores
+        if bias is not None:
+            scores = scores + bias.to(dtype)
+        if self.slopes is not None:
+            slopes = self.slopes[:, row.q_heads].to(dtype).reshape(self.slopes.shape[0], -1, row.group, 1, 1)
+            scores = scores - slopes * self._distances(row)
         sink = None
         if self.sinks is not None:
             sink = self.sinks[row.q_heads].to(dtype).reshape(1, -1, row.group, 1, 1)
-        return Loaded(q, k, v, scores, visible, sees, sink)
+        return Loaded(q, k, v, capped, scores, visible, sees, sink)
 
     def drop(self, p: Tensor, row: Row) -> Tensor:
         """Dropout on a row's probabilities, the same each time it is asked for the same row."""
@@ -125,7 +135,42 @@ class Inputs(NamedTuple):
         for run, run_part in zip(row.keys, part.split(sizes, dim=2), strict=True):
             total[:, row.heads, run] += run_part
 
-    def _visible(self, row: Row) -> Tensor | None:
+    def add_bias(self, total: Tensor, row: Row, part: Tensor) -> None:
+        """Add a row's gradient of its scores `[b, h, G, r, n]` to that of the bias, of the bias's shape."""
+        spread = [size for size, one in enumerate(total.shape) if one == 1]
+        part = part.flatten(1, 2)
+        part = part.sum([d for d in spread if d < 3], keepdim=True) if any(d < 3 for d in spread) else part
+        where = (
+            slice(None),
+            *(slice(None) if total.shape[d] == 1 else s for d, s in ((1, row.q_heads), (2, row.queries))),
+        )
+        if total.shape[3] == 1:
+            total[where] += part.sum(3, keepdim=True)
+            return
+        for run, run_part in zip(row.keys, part.split([_size(run) for run in row.keys], dim=3), strict=True):
+            total[(*where, run)] += run_part
+
+    def _bias(self, row: Row) -> Tensor | None:
+        """The row's part of the bias, `[1|b, 1|h, 1|G, 1|r, 1|n]`, in the bias's dtype."""
+        if self.bias is None:
+            return None
+        bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, row.q_heads]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, row.queries]
+        if bias.shape[3] > 1:
+            bias = torch.cat([bias[..., run] for run in row.keys], dim=3)
+        return bias[:, None] if bias.shape[1] == 1 else bias.unflatten(1, (-1, row.group))
+
+    def _distances(self, row: Row) -> Tensor:
+        """|i - j| of the row's queries and keys, `[r, n]`."""
+        i, j = self._positions(row)
+        return (i[:, None] - j[None, :]).abs()
+
+    def _positions(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Where the row's queries and keys stand in their document."""
+        device = self.q.device
+        return _indices([row.queries], device) + row.q_shift, _indices(row.keys, device) + row.k_shift
+
+    def _visible(self, row: Row, bias: Tensor | None) -> Tensor | None:
         """The row's elements of the mask, `[1|b, 1|h, 1|G, r, n]`; None where everything is visible."""
         device = self.q.device
         visible: Tensor | None = None
@@ -133,13 +178,19 @@ class Inputs(NamedTuple):
             visible = self.dense.expand(*self.q.shape[:3], self.k.shape[2])[:, row.q_heads, row.queries]
             visible = visible[..., row.keys[0]].unflatten(1, (-1, row.group))
         elif row.mask is not None:
-            i, j = _indices([row.queries], device) + row.q_shift, _indices(row.keys, device) + row.k_shift
+            i, j = self._positions(row)
             visible = row.mask.visible(i[:, None], j[None, :])[None, None, None]
         if self.key_lengths is not None:
             j = _indices(row.keys, device)
             real = (j < self.key_lengths[:, None]).reshape(-1, 1, 1, 1, j.shape[0])
             visible = real if visible is None else visible & real
+        if bias is not None:
+            shown = (bias > -torch.inf).expand(*bias.shape[:3], *self._sizes(row))
+            visible = shown if visible is None else visible & shown
         return visible
+
+    def _sizes(self, row: Row) -> tuple[int, int]:
+        return _size(row.queries), sum(_size(run) for run in row.keys)
 
 
 def rows_of_tiles(x: Inputs) -> Iterator[Row]:

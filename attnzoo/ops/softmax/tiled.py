@@ -17,8 +17,8 @@ from attnzoo.ops.softmax.rows import Inputs, rows_of_tiles
 
 
 def reasons(call: Call) -> list[str]:
-    """Why this backend cannot run the call; empty if it can."""
-    return [] if call.bias is None and call.alibi_slopes is None else ["has no bias yet"]
+    """Why this backend cannot run the call: never."""
+    return []
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -38,6 +38,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         call.scale,
         call.softcap or 0.0,
         call.dropout_p,
+        None if call.bias is None else call.bias.reshape((1,) * (4 - call.bias.dim()) + call.bias.shape),
+        None if call.alibi_slopes is None else call.alibi_slopes.reshape(-1, call.q.shape[1]),
     )
 
 
@@ -56,9 +58,14 @@ def tiled_attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The forward. `mask` is a mask's `text`, or empty where `dense` is given; `softcap` 0 means none."""
-    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p)
+    """The forward. `mask` is a mask's `text`, or empty where `dense` is given; `softcap` 0 means none.
+
+    `bias` has four dimensions, each whole or 1; `slopes` are `[1|B, Hq]`.
+    """
+    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p, bias, slopes)
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q.dtype))
     with torch.autocast(q.device.type, enabled=False):
@@ -93,14 +100,21 @@ def tiled_attention_backward(
     scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the sinks (empty where there are none); dK and dV are summed over the group in fp32."""
-    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p)
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    wants_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the sinks and the bias; those that nobody wants are empty.
+
+    dK and dV are summed over the group, and the bias's over what it is broadcast to, in fp32.
+    """
+    x = Inputs(q, k, v, sinks, dense, key_lengths, cu_q, cu_k, seed, mask, scale, softcap, dropout_p, bias, slopes)
     dtype = accumulation_dtype(q.dtype)
     d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     d_k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
     d_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
     d_sinks = q.new_zeros(0 if sinks is None else sinks.shape[0], dtype=dtype)
+    d_bias = q.new_zeros(0 if bias is None or not wants_bias else bias.shape, dtype=dtype)
     with torch.autocast(q.device.type, enabled=False):
         for row in rows_of_tiles(x):
             tile = x.load(row)
@@ -119,12 +133,14 @@ def tiled_attention_backward(
             d_scores = p * (d_p - delta)
             if tile.sink is not None:
                 d_sinks[row.q_heads] -= (torch.exp(tile.sink - top) / total * delta).sum((0, 3, 4)).flatten()
+            if bias is not None and wants_bias:
+                x.add_bias(d_bias, row, d_scores)
             if softcap:
-                d_scores = d_scores * (1 - (tile.scores / softcap) ** 2)
+                d_scores = d_scores * (1 - (tile.capped / softcap) ** 2)
             d_scores = (d_scores * scale).flatten(2, 3)
             d_q[where] = (d_scores @ tile.k).unflatten(2, shape).flatten(1, 2).to(q.dtype)
             x.add(d_k, row, d_scores.mT @ tile.q)
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks, d_bias
 
 
 @tiled_attention.register_fake
@@ -134,20 +150,27 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 @tiled_attention_backward.register_fake
 def _(d_out, d_lse, out, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
-    d_sinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
+    bias, _, wants_bias = rest[9:] or (None, None, False)
+    dtype = accumulation_dtype(q.dtype)
+    d_sinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=dtype)
+    d_bias = q.new_empty(bias.shape if wants_bias else 0, dtype=dtype)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks, d_bias
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[0], *inputs[:9])
-    ctx.rest = inputs[9:]
+    ctx.save_for_backward(output[0], *inputs[:9], *inputs[13:])
+    ctx.rest = inputs[9:13]
 
 
 def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-    out, *inputs = ctx.saved_tensors
-    sinks = inputs[3]
-    d_q, d_k, d_v, d_sinks = tiled_attention_backward(d_out, d_lse, out, *inputs, *ctx.rest)
-    return d_q, d_k, d_v, None if sinks is None else d_sinks.to(sinks.dtype), *([None] * 9)
+    out, *inputs, bias, slopes = ctx.saved_tensors
+    sinks, wants_bias = inputs[3], bias is not None and ctx.needs_input_grad[13]
+    d_q, d_k, d_v, d_sinks, d_bias = tiled_attention_backward(
+        d_out, d_lse, out, *inputs, *ctx.rest, bias, slopes, wants_bias
+    )
+    d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
+    d_bias = d_bias.to(bias.dtype) if wants_bias else None
+    return d_q, d_k, d_v, d_sinks, *([None] * 9), d_bias, None
 
 
 tiled_attention.register_autograd(_backward, setup_context=_save)
