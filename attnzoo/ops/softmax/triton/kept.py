@@ -1,4 +1,4 @@
-"""What a mask becomes on a device is made once and kept: calls with the same mask and shape find it in a microsecond."""
+"""What a mask becomes on a device is made once and kept: the next call with the same mask and shape only finds it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 anything, and of a mask's programs by head a kernel runs one.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix a kernel walks: for each of its rows, or of its columns, those that hold something."""
+"""Which tiles of the score matrix a kernel walks: for each of its rows, or of its columns, those that are not empty."""
 
 from __future__ import annotations
 
