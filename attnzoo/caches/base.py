@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.api import KeyValues
+from attnzoo.ops.decoding import KeyValues
 
 
 class Cache(ABC):

@@ -8,6 +8,7 @@ from torch import Tensor
 from attnzoo.caches.places import places
 from attnzoo.caches.storage import Storage
 from attnzoo.caches.token_cache import TokenCache, check_least
+from attnzoo.ops.decoding.stored import Stored
 
 
 class LatentCache(TokenCache):
@@ -46,6 +47,10 @@ class LatentCache(TokenCache):
     def joint(self) -> Tensor:
         """Latents and rope keys side by side, `[B, 1, length, kv_lora_rank + qk_rope_head_dim]`, not copied."""
         return self._joint.read_all(self.length)
+
+    def stored(self) -> Stored:
+        joint = self._joint.parts[0]
+        return self._stored((joint[..., : self.head_dim],), (joint[..., self.head_dim :],))
 
     def _storages(self) -> tuple[Storage, ...]:
         return (self._joint,)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnzoo.ops.decoding.stored import Rows
+
 
 class RowLengths:
     """Lengths of `batch_size` rows: one number while the rows are equal, else one a row plus what all gained since.
@@ -35,6 +37,10 @@ class RowLengths:
     def value(self) -> int | Tensor:
         """One number if the rows are equally long, else one a row, `[B]` int64."""
         return self._gained if self._skew is None else self.tensor()
+
+    def rows(self) -> Rows:
+        """Tokens in each row, for kernels: nothing is computed on the device."""
+        return Rows(self._gained, self._skew_tensor)
 
     def host(self) -> list[int]:
         """Tokens in each row."""

@@ -11,6 +11,7 @@ from attnzoo.caches.pages import PagePool
 from attnzoo.caches.places import places
 from attnzoo.caches.storage import Storage
 from attnzoo.caches.token_cache import TokenCache, check_least
+from attnzoo.ops.decoding.stored import Stored
 
 
 class PagedCache(TokenCache):
@@ -89,6 +90,9 @@ class PagedCache(TokenCache):
         self._check_room(self.length + count, count)
         self._claim([row + count for row in self.row_lengths()])
         self._count_ready(self.row_lengths())
+
+    def stored(self) -> Stored:
+        return self._stored(self._k.parts, self._v.parts, self.table)
 
     def fork(self, row: int, into: Sequence[int]) -> None:
         """Make the rows `into` twins of `row`, sharing its pages; what they held is released."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo.caches.lengths import RowLengths
 from attnzoo.caches.places import places
+from attnzoo.ops.decoding.stored import Stored
 
 if TYPE_CHECKING:
     from attnzoo.caches.storage import Storage
@@ -56,6 +57,10 @@ class Ring:
         base = starts.unsqueeze(1) if isinstance(starts, Tensor) else starts
         slots = (base + torch.arange(count, device=device).unsqueeze(0)) % self.size
         return self.k.read(rows, slots), self.v.read(rows, slots)
+
+    def stored(self, rows: RowLengths, dtype: torch.dtype) -> Stored:
+        """Where the newest of `rows` tokens stand, for kernels."""
+        return Stored(self.k.parts, self.v.parts, dtype, rows.rows(), rows.longest, ring=True, kept=self.kept.rows())
 
     def kept_after(self, before: list[int], after: list[int]) -> list[int]:
         """What `kept` would be if rows of `before` tokens were cropped to `after`."""

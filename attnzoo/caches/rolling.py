@@ -13,7 +13,7 @@ from attnzoo.caches.lengths import RowLengths
 from attnzoo.caches.ring import Ring
 from attnzoo.caches.storage import Storage
 from attnzoo.caches.token_cache import TokenCache, check_least
-from attnzoo.ops.decoding.api import KeyValues
+from attnzoo.ops.decoding import KeyValues, Stored
 
 
 class RollingCache(TokenCache):
@@ -108,6 +108,9 @@ class RollingCache(TokenCache):
                 then.
         """
         super().crop(length)
+
+    def stored(self) -> Stored:
+        return self._ring.stored(self._rows, self.dtype)
 
     def _storages(self) -> tuple[Storage, ...]:
         return self._ring.k, self._ring.v

@@ -12,6 +12,7 @@ from attnzoo.caches.base import Cache, host_lengths
 from attnzoo.caches.lengths import RowLengths
 from attnzoo.caches.ring import Ring
 from attnzoo.caches.storage import Storage
+from attnzoo.ops.decoding.stored import Stored
 
 
 class TokenCache(Cache):
@@ -98,6 +99,16 @@ class TokenCache(Cache):
     def view(self) -> tuple[Tensor, Tensor]:
         k, v = self._read()
         return (k, v) if self._recent is None else self._with_recent(k, v, self._recent)
+
+    def stored(self) -> Stored:
+        """Where keys and values stand, for kernels that read them in place; nothing is copied or computed."""
+        k, v = self._storages()
+        return self._stored(k.parts, v.parts)
+
+    def _stored(self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], table: Tensor | None = None) -> Stored:
+        recent = None if self._recent is None else self._recent.stored(self._rows, self.dtype)
+        kept = None if recent is None else recent.kept
+        return Stored(k, v, self.dtype, self._rows.rows(), self.length, table, kept=kept, recent=recent)
 
     def crop(self, length: int | Tensor) -> None:
         """Keep at most the first `length` tokens of each row; `[B]` integers: `length[b]` of row b."""

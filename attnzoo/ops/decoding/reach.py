@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
 from attnzoo.masks.combine import And, Or
 from attnzoo.masks.per_head import PerHead
+from attnzoo.ops.decoding.common import KeyValues
 
 
 def reach(mask: Mask | None) -> int | None:
@@ -27,3 +28,17 @@ def is_relative(mask: Mask) -> bool:
     if isinstance(mask, PerHead):
         return all(map(is_relative, mask.masks))
     return isinstance(mask, Full | Causal | SlidingWindow | Dilated)
+
+
+def check_reach(mask: Mask, q_len: int, cache: KeyValues) -> None:
+    """ValueError for a mask that shows a query what the cache may have dropped."""
+    kept = cache.kept
+    if kept is None or cache.length <= kept:
+        return
+    far = reach(mask)
+    if far is None or q_len - 1 + far > kept:
+        sees = "any key before it" if far is None else f"{far} keys up to its own"
+        raise ValueError(
+            f"mask {mask} lets a query see {sees}; with {q_len} queries the cache would have to hold more than "
+            f"the last {kept} of {cache.length} tokens"
+        )

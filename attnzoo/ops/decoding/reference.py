@@ -8,6 +8,27 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import Mask
+from attnzoo.ops.decoding.common import Call, check_last, numbers
+from attnzoo.ops.decoding.reach import is_relative
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    whole = isinstance(call.shift, int) and call.shift == 0
+    return [] if whole or is_relative(call.mask) else ["counts positions from the first key that is held"]
+
+
+def run(call: Call) -> Tensor:
+    """The result, `[B, Hq, Sq, Dv]`. Waits for the device."""
+    batch, q_len = call.q.shape[0], call.q.shape[2]
+    shifts, starts = (numbers(rows, batch) for rows in (call.shift, call.starts))
+    lengths = [length - shift for length, shift in zip(call.cache.row_lengths(), shifts, strict=True)]
+    starts = [start - shift for start, shift in zip(starts, shifts, strict=True)]
+    for start, length in zip(starts, lengths, strict=True):
+        check_last(start, q_len, length)
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    options = {"mask": call.mask, "scale": scale, "softcap": call.softcap, "sinks": call.sinks}
+    return decode_reference(call.q, *call.cache.view(), lengths, starts, **options)
 
 
 def decode_reference(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from types import ModuleType
+
 from torch import Tensor
 
-from attnzoo.masks import Mask
-from attnzoo.ops.decoding.api import KeyValues, decode
-from attnzoo.ops.latent.common import Held
+from attnzoo.masks import Full, Mask
+from attnzoo.ops.decoding import KeyValues, Stored, check_last, check_reach, choose, stored
+from attnzoo.ops.latent import attend, reference, triton
+from attnzoo.ops.latent.common import Call
+
+_BACKENDS: dict[str, ModuleType] = {"triton": triton, "attention": attend, "reference": reference}  # fastest first
 
 
 def latent_decode(
@@ -18,6 +22,7 @@ def latent_decode(
     scale: float,
     mask: Mask | None = None,
     starts: int | Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attend from the tokens appended last to every latent in the cache (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
@@ -37,31 +42,40 @@ def latent_decode(
         mask: by absolute positions; None: every token of the row is visible.
         starts: position of each row's first query, one for all or `[B]` int64: the lengths before the append. None:
             the lengths less Sq. Needed where an append was padded, and then queries past a row's end give 0.
+        backend: "auto", "triton" (a kernel over every kind of cache; up to 16 queries, no gradients), "attention"
+            (`ops.attention` over the cache's view) or "reference".
 
     Returns:
         `[B, H, Sq, R]`, of q_latent's dtype, still to be up-projected to values; a query that sees no token gives 0.
 
     Raises:
-        ValueError: for shapes that do not fit the cache, queries that are not the last tokens of the cache, or a mask
-            that reaches further back than the cache has kept tokens.
+        ValueError: for shapes that do not fit the cache, queries that are not the last tokens of the cache, a mask
+            that reaches further back than the cache has kept tokens, or a backend that cannot run the call, with its
+            reasons.
     """
-    _check(q_latent, q_rope, cache)
-    rank = q_latent.shape[-1]
-    keys = cache.joint() if hasattr(cache, "joint") else torch.cat(cache.view(), dim=-1)
-    # The values stay as wide as the keys, without a copy: PyTorch's fused kernels take no others.
-    held = Held(cache, keys, keys)
-    out = decode(torch.cat([q_latent, q_rope], dim=-1), held, mask=mask, scale=scale, starts=starts)
-    return out[..., :rank]
+    held, q_len = stored(cache), q_latent.shape[2] if q_latent.dim() == 4 else 0
+    _check(q_latent, q_rope, held, starts)
+    mask = Full() if mask is None else mask
+    check_reach(mask, q_len, cache)
+    if starts is None:
+        starts = cache.length - q_len if cache.uniform else cache.lengths - q_len
+    if isinstance(starts, int):
+        check_last(starts, q_len, cache.length)
+    call = Call(q_latent, q_rope, cache, held, mask, scale, starts)
+    return choose(_BACKENDS, call, q_latent.device, backend).run(call)
 
 
-def _check(q_latent: Tensor, q_rope: Tensor, cache: KeyValues) -> None:
-    latent, rope_key = cache.view()
-    if latent.shape[1] != 1:
-        raise ValueError(f"cache holds {latent.shape[1]} heads; latents are one head for all")
-    for name, given, size in (("q_latent", q_latent, latent.shape[3]), ("q_rope", q_rope, rope_key.shape[3])):
+def _check(q_latent: Tensor, q_rope: Tensor, held: Stored, starts: int | Tensor | None) -> None:
+    batch = held.batch
+    if held.heads != 1:
+        raise ValueError(f"cache holds {held.heads} heads; latents are one head for all")
+    sizes = held.k[0].shape[3], held.v[0].shape[3]
+    for name, given, size in (("q_latent", q_latent, sizes[0]), ("q_rope", q_rope, sizes[1])):
         fits = given.dim() == 4 and given.shape[:3] == q_latent.shape[:3]
-        if not fits or given.shape[0] != latent.shape[0] or given.shape[3] != size:
+        if not fits or given.shape[0] != batch or given.shape[3] != size:
             raise ValueError(
                 f"{name} has shape {list(given.shape)}; with q_latent {list(q_latent.shape)} and this cache it must "
-                f"be [{latent.shape[0]}, heads, queries, {size}]"
+                f"be [{batch}, heads, queries, {size}]"
             )
+    if isinstance(starts, Tensor) and starts.shape != (batch,):
+        raise ValueError(f"starts has shape {list(starts.shape)}; it must be [{batch}]")

@@ -1,12 +1,26 @@
-"""Keys and values made from a cache, with that cache's lengths."""
+"""What the latent backends share: the validated call, and keys and values made from a cache, with its lengths."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from attnzoo.ops.decoding.api import KeyValues
+from attnzoo.masks import Mask
+from attnzoo.ops.decoding import KeyValues, Stored
+
+
+class Call(NamedTuple):
+    """One call of `latent_decode`, validated and with its defaults filled in; what backends judge and run."""
+
+    q_latent: Tensor  # [B, H, Sq, R]
+    q_rope: Tensor  # [B, H, Sq, Dr]
+    cache: KeyValues
+    stored: Stored
+    mask: Mask
+    scale: float
+    starts: int | Tensor  # positions of the first queries
 
 
 @dataclass(frozen=True)

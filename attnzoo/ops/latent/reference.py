@@ -8,6 +8,25 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import Mask
+from attnzoo.ops.decoding import is_relative, numbers
+from attnzoo.ops.latent.common import Call
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    first = call.cache.first
+    whole = isinstance(first, int) and first == 0
+    return [] if whole or is_relative(call.mask) else ["counts positions from the first token that is held"]
+
+
+def run(call: Call) -> Tensor:
+    """The result, `[B, H, Sq, R]`. Waits for the device."""
+    batch, cache = call.q_latent.shape[0], call.cache
+    shifts = numbers(cache.first, batch)
+    lengths = [length - shift for length, shift in zip(cache.row_lengths(), shifts, strict=True)]
+    starts = [start - shift for start, shift in zip(numbers(call.starts, batch), shifts, strict=True)]
+    queries = call.q_latent, call.q_rope
+    return latent_decode_reference(*queries, *cache.view(), lengths, starts, scale=call.scale, mask=call.mask)
 
 
 def latent_decode_reference(

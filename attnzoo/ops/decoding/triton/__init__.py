@@ -1,0 +1,89 @@
+"""Flash-decoding kernels: what they can run, and the way from a call to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+from attnzoo.ops.decoding.common import Call
+from attnzoo.ops.decoding.stored import Rows
+from attnzoo.ops.decoding.triton.op import decode_op
+from attnzoo.ops.launching import triton_reasons
+
+_UNBOUNDED = 2**30  # keys; no row is as long
+_MOST_QUERIES = 16
+_WIDEST = 256
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    q, held = call.q, call.stored
+    out = triton_reasons(q.device)
+    if bounds(call.mask) is None:
+        out.append(f"has no {call.mask.pattern!r} mask")
+    if q.shape[2] > _MOST_QUERIES:
+        out.append(f"takes up to {_MOST_QUERIES} queries, not {q.shape[2]}")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        out.append(f"has no {q.dtype}")
+    if torch.is_autocast_enabled(q.device.type):
+        out.append("does not cast under autocast")
+    elif q.dtype != held.dtype:
+        out.append(f"wants queries of the cache's {held.dtype}, not {q.dtype}")
+    dim, v_dim = held.k[0].shape[3], held.v[0].shape[3]
+    if not (1 <= dim <= _WIDEST and 1 <= v_dim <= _WIDEST):
+        out.append(f"takes vectors of 1 to {_WIDEST} numbers, not {dim} and {v_dim}")
+    if held.k[0].stride(3) != 1 or held.v[0].stride(3) != 1:
+        out.append("wants vectors without strides")
+    if len(held.k) != len(held.v):
+        out.append("wants keys and values in one form")
+    if torch.is_grad_enabled() and (q.requires_grad or (call.sinks is not None and call.sinks.requires_grad)):
+        out.append("has no backward")
+    return out
+
+
+def run(call: Call) -> Tensor:
+    """The result, `[B, Hq, Sq, Dv]`."""
+    q, held = call.q, call.stored
+    limits = bounds(call.mask)
+    assert limits is not None
+    start = rows_of(call.starts - held.origin)
+    kept = Rows(0) if held.kept is None else held.kept
+    return decode_op(
+        dense_last(q),
+        held.k,
+        held.v,
+        () if held.recent is None else (held.recent.k[0], held.recent.v[0]),
+        held.table,
+        held.lengths.more,
+        start.more,
+        kept.more,
+        call.sinks,
+        (held.lengths.base, start.base, kept.base),
+        held.longest,
+        *limits,
+        held.ring,
+        q.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        call.softcap,
+    )
+
+
+def bounds(mask: Mask) -> tuple[int, int] | None:
+    """(back, ahead): query i sees key j iff -ahead <= i - j < back; None for a mask that does not say so."""
+    if isinstance(mask, Full):
+        return _UNBOUNDED, _UNBOUNDED
+    if isinstance(mask, Causal):
+        return _UNBOUNDED, 0
+    if isinstance(mask, SlidingWindow):
+        return min(mask.window, _UNBOUNDED), min(mask.ahead, _UNBOUNDED)
+    return None
+
+
+def rows_of(value: int | Tensor) -> Rows:
+    """One number for all rows, or one for each."""
+    return Rows(0, value) if isinstance(value, Tensor) else Rows(value)
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """The tensor with a last stride of 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()

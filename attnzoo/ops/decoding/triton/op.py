@@ -1,0 +1,163 @@
+"""The custom operator around the kernels, which are imported when it first runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for, tiles_for
+from attnzoo.ops.launching import num_multiprocessors
+
+
+@torch.library.custom_op("attnzoo::decode", mutates_args=())
+def decode_op(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    recent: Sequence[Tensor],
+    table: Tensor | None,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    kept: Tensor | None,
+    sinks: Tensor | None,
+    shared: Sequence[int],
+    longest: int,
+    back: int,
+    ahead: int,
+    ring: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attend from `q [B, Hq, Sq, D]` to what is stored.
+
+    Args:
+        q: its last stride is 1.
+        k, v: vectors, codes and scale, or codes, scale and offset, as `Stored` holds them.
+        recent: rings of the newest keys and values as they came, or nothing.
+        table: `[B, pages]` int32.
+        lengths, starts, kept: `[B]` integers that are added to `shared`, which holds one number of each for all rows.
+        sinks: `[Hq]`.
+        longest: no row has more keys.
+        back, ahead: query i sees key j iff -ahead <= i - j < back.
+        ring: whether k and v are rings.
+        scale: of the scores.
+        softcap: of the scores, or none.
+
+    Returns:
+        `[B, Hq, Sq, Dv]`.
+    """
+    from attnzoo.ops.decoding.triton import kernels
+
+    batch, heads, q_len, dim = q.shape
+    k_heads, v_dim = k[0].shape[1], v[0].shape[3]
+    out = q.new_empty(batch, heads, q_len, v_dim)
+    if out.numel() == 0:
+        return out
+    rows = heads // k_heads * q_len
+    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1)
+    m_tiles = -(-rows // tiles.block_m)
+    reach = min(longest, back + ahead + q_len)
+    slots = num_multiprocessors(q.device.index) * tiles.resident
+    splits = splits_for(batch * k_heads * m_tiles, -(-reach // tiles.block_n), slots)
+    part = lse = None
+    if splits > 1:
+        part = q.new_empty(batch, heads, q_len, splits, v_dim, dtype=torch.float32)
+        lse = q.new_empty(batch, heads, q_len, splits, dtype=torch.float32)
+    kernels.decode_kernel[(splits, k_heads * m_tiles, batch)](
+        q,
+        *parts_of(k),
+        *parts_of(v),
+        *(recent or (None, None)),
+        table,
+        lengths,
+        starts,
+        kept,
+        sinks,
+        out,
+        part,
+        lse,
+        *shared,
+        back,
+        ahead,
+        k[0].shape[2],
+        recent[0].shape[2] if recent else 0,
+        heads,
+        k_heads,
+        0 if table is None else table.stride(0),
+        *q.stride()[:3],
+        *k[0].stride()[:3],
+        *v[0].stride()[:3],
+        scale,
+        0.0 if softcap is None else softcap,
+        splits,
+        GROUP=heads // k_heads,
+        Q_LEN=q_len,
+        D=dim,
+        DV=v_dim,
+        SPLIT=splits > 1,
+        PAGE=0 if table is None else k[0].shape[2],
+        RING=ring,
+        QUANT=len(k) - 1,
+        RECENT=len(recent) > 0,
+        SOFTCAP=softcap is not None,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_D=max(next_power_of_two(dim), 16),
+        BLOCK_DV=max(next_power_of_two(v_dim), 16),
+        PRECISION="ieee",
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if part is not None and lse is not None:
+        merge(part, lse, sinks, out)
+    return out
+
+
+def merge(part: Tensor, lse: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    """Merge shares `part [B, H, Sq, splits, Dv]` with their base-2 logsumexps `lse [B, H, Sq, splits]` into `out`."""
+    from attnzoo.ops.decoding.triton import kernels
+
+    batch, heads, q_len, splits, v_dim = part.shape
+    width = min(next_power_of_two(v_dim), 128)
+    kernels.merge_kernel[(batch * heads * q_len, -(-v_dim // width))](
+        part,
+        lse,
+        sinks,
+        out,
+        splits,
+        heads,
+        Q_LEN=q_len,
+        DV=v_dim,
+        BLOCK_S=next_power_of_two(splits),
+        BLOCK_DV=width,
+        num_warps=4 if splits > 8 else 2,
+    )
+
+
+@decode_op.register_fake
+def _(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    recent: Sequence[Tensor],
+    table: Tensor | None,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    kept: Tensor | None,
+    sinks: Tensor | None,
+    shared: Sequence[int],
+    longest: int,
+    back: int,
+    ahead: int,
+    ring: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v[0].shape[3])
+
+
+def parts_of(parts: Sequence[Tensor]) -> list[Tensor | None]:
+    """Three kernel arguments: vectors, scales, offsets."""
+    return [*parts, *[None] * (3 - len(parts))]

@@ -1,0 +1,50 @@
+"""How a call is cut into programs: tile sizes from the shape, the number of splits from the machine. No Triton here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+MOST_SPLITS = 128
+
+
+class Tiles(NamedTuple):
+    """Tile sizes and launch options of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int  # programs that fit on a multiprocessor
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=256)
+def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool) -> Tiles:
+    """For `rows` queries of a key/value head, vectors of `dim` and `v_dim`, and elements of `itemsize` bytes."""
+    block_m = min(max(next_power_of_two(rows), 16), 64)
+    width = next_power_of_two(dim) + next_power_of_two(v_dim)
+    if itemsize == 4:
+        return Tiles(min(block_m, 32), 32, 4, 2, 2)
+    block_n = 128 if width <= 128 else 64 if width <= 256 else 32
+    return Tiles(block_m, block_n, 4, 3 if width <= 512 else 2, 2)
+
+
+@lru_cache(maxsize=4096)
+def splits_for(programs: int, tiles: int, slots: int) -> int:
+    """Into how many parts `tiles` key tiles are split where `programs` programs would run without, `slots` at a time.
+
+    The cheapest of all by a small model: programs run in waves, each costs its tiles and about two more to begin and to
+    end, and merging costs about two tiles and a little for each part.
+    """
+
+    def cost(splits: int) -> float:
+        waves = -(-programs * splits // slots)
+        merging = 2 + splits / 32 if splits > 1 else 0
+        return waves * (-(-tiles // splits) + 2) + merging
+
+    return min(range(1, max(min(tiles, MOST_SPLITS), 1) + 1), key=cost)

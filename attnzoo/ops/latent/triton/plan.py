@@ -1,0 +1,18 @@
+"""Tile sizes of the latent kernel, from the shape. No Triton here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from attnzoo.ops.decoding.triton.plan import Tiles, next_power_of_two
+
+
+@lru_cache(maxsize=256)
+def tiles_for(rows: int, rank: int, itemsize: int, codes: bool) -> Tiles:
+    """For `rows` queries of a row of the batch, latents of `rank` numbers, and elements of `itemsize` bytes."""
+    block_m = min(max(next_power_of_two(rows), 16), 64)
+    if itemsize == 4:
+        return Tiles(16, 16, 4, 1, 1)
+    if block_m == 64:
+        return Tiles(64, 64, 8, 2, 1)
+    return Tiles(block_m, 32 if rank > 256 else 64, 4, 3, 2)
