@@ -1,0 +1,500 @@
+"""The backward kernels: scores computed again from q, k and the saved logsumexp (arXiv 2307.08691).
+
+Two passes, each of which owns what it writes, so that results are the same each time: `query_gradient_kernel` walks the
+keys of a tile of queries, `key_gradient_kernel` the queries of a tile of keys, over all heads of a group.
+"""
+
+import triton
+import triton.language as tl
+
+from attnzoo.ops.softmax.triton.tiles import (
+    LOG2E,
+    count_partial,
+    document_of,
+    kept,
+    key_range,
+    load_rows,
+    nth_partial,
+    query_range,
+    score,
+    sequence,
+    visibility,
+)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q,
+    k,
+    v,
+    out,
+    d_out,
+    lse,  # [B, Hq, Sq]
+    d_lse,  # [B, Hq, Sq] or None
+    delta,  # [B, Hq, Sq], written here: rows of d_out times out, less d_lse
+    d_q,
+    slopes,
+    bias,
+    dense,
+    key_lengths,
+    cu_q,
+    cu_k,
+    seed,
+    tables,
+    walk_starts,
+    walk_partial,
+    walk_tiles,
+    walk_classes,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    stride_dqb,
+    stride_dqh,
+    stride_dqs,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_q,
+    stride_bias_k,
+    stride_dense_b,
+    stride_dense_h,
+    stride_dense_q,
+    stride_dense_k,
+    stride_slopes,
+    heads,
+    q_len,
+    k_len,
+    tiles_each,
+    documents,
+    window,
+    ahead,
+    scale,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    STEP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """dQ. The arguments are those of the forward kernel; grids are alike too."""
+    program = tl.program_id(0)
+    tile = program % tiles_each
+    head = (program // tiles_each) % heads
+    batch = program // tiles_each // heads
+    PACKED: tl.constexpr = DOCUMENTS > 0
+    number = 0
+    if PACKED:
+        number, before = document_of(tile, cu_q, documents, BLOCK_M, DOCUMENTS)
+        tile -= before
+    else:
+        tiles_of_one = tiles_each // STEP
+        number = tile // tiles_of_one
+        tile = tiles_of_one - 1 - tile % tiles_of_one
+    if number < tl.maximum(documents, STEP):
+        q_start, q_rows, k_start, k_rows, k_seen, shift = sequence(
+            number, batch, q_len, k_len, key_lengths, cu_q, cu_k, PACKED, STEP
+        )
+        first = tile * BLOCK_M
+        if first < q_rows:
+            head_k = head // GROUP
+            q_base = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+            k_base = k + batch.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
+            v_base = v + batch.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
+            o_base = out + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+            do_base = d_out + batch.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
+            if PACKED or STEP > 1:
+                q_base += q_start.to(tl.int64) * stride_qs
+                k_base += k_start.to(tl.int64) * stride_ks
+                v_base += k_start.to(tl.int64) * stride_vs
+                o_base += q_start.to(tl.int64) * stride_os
+                do_base += q_start.to(tl.int64) * stride_dos
+            bias_base = bias
+            if bias is not None:
+                bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
+            dense_base = dense
+            if dense is not None:
+                dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
+            slope = 0.0
+            if slopes is not None:
+                slope = tl.load(slopes + batch * stride_slopes + head)
+
+            q0 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_D, D, True)
+            q1 = q0
+            if BLOCK_E > 0:
+                q1 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, BLOCK_D, BLOCK_E, D, True)
+            do = load_rows(do_base, first, stride_dos * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, True)
+            o = load_rows(o_base, first, stride_os * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, True)
+            t_row = first + tl.arange(0, BLOCK_M)
+            rows = (batch.to(tl.int64) * heads + head) * q_len + q_start + t_row * STEP
+            row_lse = tl.load(lse + rows, mask=t_row < q_rows, other=float("inf")) * LOG2E
+            row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            if d_lse is not None:
+                row_delta -= tl.load(d_lse + rows, mask=t_row < q_rows, other=0.0)
+            # A query that sees no key gives nothing back, whatever arrives at it.
+            blind = row_lse == float("-inf")
+            row_delta = tl.where(blind, 0.0, row_delta)
+            tl.store(delta + rows, row_delta, mask=t_row < q_rows)
+            row_lse = tl.where(blind, float("inf"), row_lse)
+            do = tl.where(blind[:, None], 0.0, do)
+            acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
+
+            for MASKED in tl.static_range(2):
+                if walk_tiles is not None:
+                    kind = 0
+                    if walk_classes is not None:
+                        kind = tl.load(walk_classes + head)
+                    at = kind * (tiles_each // STEP) + tile
+                    begin = tl.load(walk_starts + at)
+                    end = tl.load(walk_starts + at + 1)
+                    middle = begin + tl.load(walk_partial + at)
+                    if key_lengths is not None:
+                        middle = end  # padding may lie in any tile
+                    if MASKED:
+                        end = middle
+                    else:
+                        begin = middle
+                    lo = 0
+                    full_lo = 0
+                    full_hi = 0
+                    hi = k_seen
+                else:
+                    lo, full_lo, full_hi, hi = key_range(
+                        first, BLOCK_M, shift, k_seen, window, ahead, BLOCK_N, LEFT, RIGHT
+                    )
+                    begin = 0
+                    end = (full_hi - full_lo) // BLOCK_N
+                    if dense is not None or PROGRAM is not None:
+                        full_lo = lo
+                        full_hi = lo
+                        end = 0
+                    if MASKED:
+                        end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
+                for n in tl.range(begin, end):
+                    if walk_tiles is not None:
+                        start = tl.load(walk_tiles + n) * BLOCK_N
+                    elif MASKED:
+                        start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
+                    else:
+                        start = full_lo + n * BLOCK_N
+                    low = 0
+                    high = k_seen
+                    if MASKED and walk_tiles is None:
+                        high = hi
+                        if LEFT:
+                            low = first + shift - window + 1
+                    k0 = load_rows(k_base, start, stride_ks * STEP, low, high, BLOCK_N, 0, BLOCK_D, D, MASKED)
+                    vt = load_rows(v_base, start, stride_vs * STEP, low, high, BLOCK_N, 0, BLOCK_DV, DV, MASKED)
+                    k1 = k0
+                    if BLOCK_E > 0:
+                        k1 = load_rows(k_base, start, stride_ks * STEP, low, high, BLOCK_N, BLOCK_D, BLOCK_E, D, MASKED)
+                    t = first + tl.arange(0, BLOCK_M)[:, None]
+                    u = start + tl.arange(0, BLOCK_N)[None, :]
+                    inside = (t < q_rows) & (u < k_seen)
+                    visible = inside
+                    if MASKED:
+                        visible = visibility(
+                            t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
+                            stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                        )  # fmt: skip
+                        if PROGRAM is not None or dense is not None:
+                            seen = tl.max(visible.to(tl.int32), 0)[:, None] > 0
+                            k0 = tl.where(seen, k0, 0.0)
+                            vt = tl.where(seen, vt, 0.0)
+                            if BLOCK_E > 0:
+                                k1 = tl.where(seen, k1, 0.0)
+                    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+                    if BLOCK_E > 0:
+                        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+                    dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
+                    s, bent = score(
+                        s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
+                        q_start + t * STEP, k_start + u * STEP, inside,
+                        softcap is not None, slopes is not None, STEP, FAST,
+                    )  # fmt: skip
+                    p = tl.exp2(s - row_lse[:, None])
+                    if MASKED:
+                        p = tl.where(visible, p, 0.0)
+                    if seed is not None:
+                        keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
+                        dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
+                    ds = p * (dp - row_delta[:, None])
+                    if softcap is not None:
+                        ds *= 1.0 - bent * bent
+                    if MASKED:
+                        ds = tl.where(visible, ds, 0.0)
+                    ds = ds.to(k0.dtype)
+                    acc0 = tl.dot(ds, k0, acc0, input_precision=PRECISION)
+                    if BLOCK_E > 0:
+                        acc1 = tl.dot(ds, k1, acc1, input_precision=PRECISION)
+
+            dq_base = d_q + batch.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
+            at_rows = dq_base + (q_start + t_row * STEP).to(tl.int64)[:, None] * stride_dqs
+            d = tl.arange(0, BLOCK_D)[None, :]
+            there = (t_row < q_rows)[:, None]
+            acc0 = tl.where(blind[:, None], 0.0, acc0 * scale)
+            tl.store(at_rows + d, acc0.to(d_q.dtype.element_ty), mask=there & (d < D))
+            if BLOCK_E > 0:
+                d = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
+                acc1 = tl.where(blind[:, None], 0.0, acc1 * scale)
+                tl.store(at_rows + d, acc1.to(d_q.dtype.element_ty), mask=there & (d < D))
+
+
+@triton.jit
+def key_gradient_kernel(
+    q,
+    k,
+    v,
+    d_out,
+    lse,
+    delta,  # [B, Hq, Sq], from the other kernel
+    d_k,
+    d_v,
+    slopes,
+    bias,
+    dense,
+    key_lengths,
+    cu_q,
+    cu_k,
+    seed,
+    tables,
+    walk_starts,  # tiles of queries to walk for each tile of keys, or None
+    walk_partial,
+    walk_tiles,
+    walk_classes,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    stride_dkb,
+    stride_dkh,
+    stride_dks,
+    stride_dvb,
+    stride_dvh,
+    stride_dvs,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_q,
+    stride_bias_k,
+    stride_dense_b,
+    stride_dense_h,
+    stride_dense_q,
+    stride_dense_k,
+    stride_slopes,
+    heads,
+    q_len,
+    k_len,
+    tiles_each,
+    documents,
+    window,
+    ahead,
+    scale,
+    softcap,
+    dropout_p,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    STEP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """dK and dV, summed over the query heads of a group: a program owns BLOCK_N keys of one key/value head.
+
+    Tiles are transposed here, keys by queries, so that probabilities are the left operand of every product.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles_each
+    heads_k = heads // GROUP
+    head_k = (program // tiles_each) % heads_k
+    batch = program // tiles_each // heads_k
+    PACKED: tl.constexpr = DOCUMENTS > 0
+    number = 0
+    if PACKED:
+        number, before = document_of(tile, cu_k, documents, BLOCK_N, DOCUMENTS)
+        tile -= before
+    else:
+        tiles_of_one = tiles_each // STEP
+        number = tile // tiles_of_one
+        tile = tile % tiles_of_one
+    if number < tl.maximum(documents, STEP):
+        q_start, q_rows, k_start, k_rows, k_seen, shift = sequence(
+            number, batch, q_len, k_len, key_lengths, cu_q, cu_k, PACKED, STEP
+        )
+        first = tile * BLOCK_N
+        if first < k_rows:
+            k_base = k + batch.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
+            v_base = v + batch.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
+            if PACKED or STEP > 1:
+                k_base += k_start.to(tl.int64) * stride_ks
+                v_base += k_start.to(tl.int64) * stride_vs
+            k0 = load_rows(k_base, first, stride_ks * STEP, 0, k_seen, BLOCK_N, 0, BLOCK_D, D, True)
+            k1 = k0
+            if BLOCK_E > 0:
+                k1 = load_rows(k_base, first, stride_ks * STEP, 0, k_seen, BLOCK_N, BLOCK_D, BLOCK_E, D, True)
+            vt = load_rows(v_base, first, stride_vs * STEP, 0, k_seen, BLOCK_N, 0, BLOCK_DV, DV, True)
+            acc_k0 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            acc_k1 = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
+            acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            u = first + tl.arange(0, BLOCK_N)[:, None]
+
+            for MASKED in tl.static_range(2):
+                for member in tl.range(0, GROUP):
+                    head = head_k * GROUP + member
+                    q_base = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+                    do_base = d_out + batch.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
+                    if PACKED or STEP > 1:
+                        q_base += q_start.to(tl.int64) * stride_qs
+                        do_base += q_start.to(tl.int64) * stride_dos
+                    row_base = (batch.to(tl.int64) * heads + head) * q_len + q_start
+                    bias_base = bias
+                    if bias is not None:
+                        bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
+                    dense_base = dense
+                    if dense is not None:
+                        dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
+                    slope = 0.0
+                    if slopes is not None:
+                        slope = tl.load(slopes + batch * stride_slopes + head)
+                    if walk_tiles is not None:
+                        kind = 0
+                        if walk_classes is not None:
+                            kind = tl.load(walk_classes + head)
+                        at = kind * (tiles_each // STEP) + tile
+                        begin = tl.load(walk_starts + at)
+                        end = tl.load(walk_starts + at + 1)
+                        middle = begin + tl.load(walk_partial + at)
+                        if key_lengths is not None:
+                            middle = end  # padding may lie in any tile
+                        if MASKED:
+                            end = middle
+                        else:
+                            begin = middle
+                        lo = 0
+                        full_lo = 0
+                        full_hi = 0
+                    else:
+                        lo, full_lo, full_hi, hi = query_range(
+                            first, BLOCK_N, shift, q_rows, k_seen, window, ahead, BLOCK_M, LEFT, RIGHT
+                        )
+                        begin = 0
+                        end = (full_hi - full_lo) // BLOCK_M
+                        if dense is not None or PROGRAM is not None:
+                            full_lo = lo
+                            full_hi = lo
+                            end = 0
+                        if MASKED:
+                            end = count_partial(lo, full_lo, full_hi, hi, BLOCK_M)
+                    for n in tl.range(begin, end):
+                        if walk_tiles is not None:
+                            start = tl.load(walk_tiles + n) * BLOCK_M
+                        elif MASKED:
+                            start = nth_partial(n, lo, full_lo, full_hi, BLOCK_M)
+                        else:
+                            start = full_lo + n * BLOCK_M
+                        q0 = load_rows(q_base, start, stride_qs * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_D, D, MASKED)
+                        do = load_rows(do_base, start, stride_dos * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, MASKED)
+                        q1 = q0
+                        if BLOCK_E > 0:
+                            q1 = load_rows(
+                                q_base, start, stride_qs * STEP, 0, q_rows, BLOCK_M, BLOCK_D, BLOCK_E, D, MASKED
+                            )
+                        t_row = start + tl.arange(0, BLOCK_M)
+                        row_lse = tl.load(lse + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
+                        row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
+                        if MASKED:
+                            # A query that sees no key may be NaN, and so may what arrives at its output.
+                            blind = row_lse == float("-inf")
+                            row_lse = tl.where(blind, float("inf"), row_lse)
+                            q0 = tl.where(blind[:, None], 0.0, q0)
+                            do = tl.where(blind[:, None], 0.0, do)
+                            if BLOCK_E > 0:
+                                q1 = tl.where(blind[:, None], 0.0, q1)
+                        t = t_row[None, :]
+                        inside = (t < q_rows) & (u < k_seen)
+                        s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
+                        if BLOCK_E > 0:
+                            s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
+                        s, bent = score(
+                            s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
+                            q_start + t * STEP, k_start + u * STEP, inside,
+                            softcap is not None, slopes is not None, STEP, FAST,
+                        )  # fmt: skip
+                        p = tl.exp2(s - (row_lse * LOG2E)[None, :])
+                        if MASKED:
+                            visible = visibility(
+                                t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
+                                stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                            )  # fmt: skip
+                            p = tl.where(visible, p, 0.0)
+                        dropped = p
+                        dp = tl.dot(vt, tl.trans(do), input_precision=PRECISION)
+                        if seed is not None:
+                            keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
+                            dropped = tl.where(keep, p * (1.0 / (1.0 - dropout_p)), 0.0)
+                            dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
+                        acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
+                        ds = p * (dp - row_delta[None, :])
+                        if softcap is not None:
+                            ds *= 1.0 - bent * bent
+                        if MASKED:
+                            ds = tl.where(visible, ds, 0.0)
+                        ds = ds.to(q0.dtype)
+                        acc_k0 = tl.dot(ds, q0, acc_k0, input_precision=PRECISION)
+                        if BLOCK_E > 0:
+                            acc_k1 = tl.dot(ds, q1, acc_k1, input_precision=PRECISION)
+
+            # Padding gets zeros: its own NaN must not come back as a gradient.
+            exists = (u < k_rows) & (u >= 0)
+            real = u < k_seen
+            rows = (k_start + u * STEP).to(tl.int64)
+            dk_base = d_k + batch.to(tl.int64) * stride_dkb + head_k.to(tl.int64) * stride_dkh
+            dv_base = d_v + batch.to(tl.int64) * stride_dvb + head_k.to(tl.int64) * stride_dvh
+            d = tl.arange(0, BLOCK_D)[None, :]
+            acc_k0 = tl.where(real, acc_k0 * scale, 0.0)
+            tl.store(dk_base + rows * stride_dks + d, acc_k0.to(d_k.dtype.element_ty), mask=exists & (d < D))
+            if BLOCK_E > 0:
+                d = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
+                acc_k1 = tl.where(real, acc_k1 * scale, 0.0)
+                tl.store(dk_base + rows * stride_dks + d, acc_k1.to(d_k.dtype.element_ty), mask=exists & (d < D))
+            d = tl.arange(0, BLOCK_DV)[None, :]
+            acc_v = tl.where(real, acc_v, 0.0)
+            tl.store(dv_base + rows * stride_dvs + d, acc_v.to(d_v.dtype.element_ty), mask=exists & (d < DV))

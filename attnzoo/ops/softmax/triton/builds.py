@@ -1,0 +1,97 @@
+"""The specialisations that must compile for every GPU: each kernel with each kind of sequence and of score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnzoo.ops.launching import Build, Builds
+from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
+from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
+from attnzoo.ops.softmax.triton.forward import forward_kernel
+
+_POINTERS = {
+    "lse": "*fp32",
+    "d_lse": "*fp32",
+    "delta": "*fp32",
+    "d_bias": "*fp32",
+    "sinks": "*fp32",
+    "slopes": "*fp32",
+    "dense": "*i1",
+    "key_lengths": "*i32",
+    "cu_q": "*i32",
+    "cu_k": "*i32",
+    "seed": "*i64",
+    "tables": "*i32",
+    "walk_starts": "*i32",
+    "walk_partial": "*i32",
+    "walk_tiles": "*i32",
+    "walk_classes": "*i32",
+}
+_OPTIONS = ("sinks", "slopes", "bias", "dense", "key_lengths", "cu_q", "cu_k", "seed", "tables", "walk_classes")
+_WALK = ("walk_starts", "walk_partial", "walk_tiles")
+_PACKED = ("cu_q", "cu_k")
+_LONGFORMER = ("or", ("sliding_window", 256, 0), ("global_tokens", 0))
+
+
+def builds() -> Builds:
+    """See `scripts/compile_kernels.py`."""
+    kernels = {
+        "forward": (forward_kernel, (128, 64, 8, 3)),
+        "query_gradient": (query_gradient_kernel, (128, 64, 8, 2)),
+        "key_gradient": (key_gradient_kernel, (64, 128, 8, 2)),
+    }
+    for name, (kernel, tiles) in kernels.items():
+        yield _build(f"{name} causal", kernel, tiles, RIGHT=True)
+        yield _build(f"{name} packed window softcap", kernel, tiles, _PACKED, softcap=True, LEFT=True, RIGHT=True, FAST=True)
+        yield _build(f"{name} listed", kernel, tiles, (*_WALK, "tables"), PROGRAM=_LONGFORMER)
+        small = (32, 32, 4, 1)
+        yield _build(f"{name} fp32 dilated", kernel, small, dtype="fp32", LEFT=True, RIGHT=True, STEP=4)
+        options = ("slopes", "bias", "dense", "key_lengths", "seed", *(("sinks",) if name == "forward" else ()))
+        yield _build(f"{name} all options", kernel, (64, 32, 4, 1), options, D=192, DV=128)
+    yield _build("forward wide", forward_kernel, (64, 32, 8, 1), RIGHT=True, D=576, DV=512)
+    yield _build("bias_gradient", bias_gradient_kernel, (64, 64, 8, 1), ("bias",), RIGHT=True)
+
+
+def _build(
+    name: str,
+    kernel: Any,
+    tiles: tuple[int, int, int, int],
+    options: tuple[str, ...] = (),
+    *,
+    dtype: str = "bf16",
+    softcap: bool = False,
+    **given: Any,
+) -> Build:
+    """A kernel with these optional tensors and constants, and what else it needs at its plainest."""
+    m, n, warps, stages = tiles
+    constants: dict[str, Any] = {
+        **{"GROUP": 4, "D": 128, "DV": 128, "BLOCK_M": m, "BLOCK_N": n, "DOCUMENTS": 64 if "cu_q" in options else 0},
+        **{"STEP": 1, "LEFT": False, "RIGHT": False, "PROGRAM": None, "PLAIN": False, "PRECISION": "ieee"},
+        "FAST": False,
+    } | given
+    constants["BLOCK_D"] = 1 << constants["D"].bit_length() - 1
+    constants["BLOCK_E"] = constants["D"] - constants["BLOCK_D"]
+    constants["BLOCK_DV"] = constants["DV"]
+    if not (softcap or options or constants["PROGRAM"]):
+        constants["PLAIN"] = True
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("scale", "softcap", "dropout_p"):
+            signature[argument] = "fp32"
+        elif argument in _POINTERS or argument in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "bias"):
+            signature[argument] = _POINTERS.get(argument, f"*{dtype}")
+        else:
+            signature[argument] = "i32"
+        absent = argument == "softcap" and not softcap
+        absent |= argument in (*_OPTIONS, *_WALK, "d_lse") and argument not in options
+        if absent:
+            signature[argument] = "constexpr"
+            constants[argument] = None
+    return Build(name, kernel, signature, _known(kernel, constants), warps, stages)
+
+
+def _known(kernel: Any, constants: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -1,0 +1,181 @@
+"""Launches of the kernels: grids, pointers and strides. Nothing here reads a value from the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.launching import capability, interpreted
+from attnzoo.ops.softmax.triton import config
+from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
+from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
+from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, Tiles, head_blocks, pattern_of, precision, walk_of
+
+
+def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hq, Sq, Dv]`, laid out in memory as q is, and logsumexp `[B, Hq, Sq]` in fp32."""
+    out = empty_as(x.q, x.v.shape[-1])
+    lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
+    if x.cu_q is not None:  # rows past the last document belong to no program
+        out.zero_()
+        lse.fill_(-math.inf)
+    if out.numel() == 0:
+        return out, lse
+    x = _with_plain_rows(x)
+    pattern = pattern_of(x)
+    tiles = tiles or config.forward_tiles(x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
+    each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
+    plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
+    forward_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
+        *(x.q, x.k, x.v, out, lse, x.sinks),
+        *_options(x, pattern),
+        *walk_of(x, pattern, tiles, by_keys=False),
+        *(stride for t in (x.q, x.k, x.v, out) for stride in t.stride()[:3]),
+        *_option_strides(x),
+        *_numbers(x, pattern, each),
+        **_constants(x, pattern, tiles),
+        PLAIN=plain,
+    )
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, x: Arguments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, laid out as these are, and delta `[B, Hq, Sq]`, of which those of sinks are made."""
+    d_q, d_k, d_v = empty_as(x.q), empty_as(x.k), empty_as(x.v)
+    delta = torch.empty_like(lse)  # rows of d_out times out, less d_lse
+    if x.cu_q is not None:
+        for t in (d_q, d_k, d_v, delta):
+            t.zero_()
+    if d_q.numel() == 0 or d_k.numel() == 0:
+        return d_q.zero_(), d_k.zero_(), d_v.zero_(), delta.zero_()
+    x = _with_plain_rows(x)
+    d_out = _plain_rows(d_out)
+    pattern = pattern_of(x)
+    sizes = (x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
+    tiles = config.query_gradient_tiles(*sizes)
+    each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
+    query_gradient_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
+        *(x.q, x.k, x.v, out, d_out, lse, d_lse, delta, d_q),
+        *_options(x, pattern),
+        *walk_of(x, pattern, tiles, by_keys=False),
+        *(stride for t in (x.q, x.k, x.v, out, d_out, d_q) for stride in t.stride()[:3]),
+        *_option_strides(x),
+        *_numbers(x, pattern, each),
+        **_constants(x, pattern, tiles),
+    )
+    tiles = config.key_gradient_tiles(*sizes)
+    each = _tiles_each(x, pattern, x.k.shape[2], tiles.n)
+    key_gradient_kernel[(each * x.k.shape[0] * x.k.shape[1],)](
+        *(x.q, x.k, x.v, d_out, lse, delta, d_k, d_v),
+        *_options(x, pattern),
+        *walk_of(x, pattern, tiles, by_keys=True),
+        *(stride for t in (x.q, x.k, x.v, d_out, d_k, d_v) for stride in t.stride()[:3]),
+        *_option_strides(x),
+        *_numbers(x, pattern, each),
+        **_constants(x, pattern, tiles),
+    )
+    return d_q, d_k, d_v, delta
+
+
+def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape: torch.Size) -> Tensor:
+    """The gradient of the bias in its own shape, `[1|B, 1|Hq, 1|Sq, 1|Sk]` or what broadcasts to it, in its dtype.
+
+    Where the bias has one row or one column for all, its gradient is made for each and then summed.
+    """
+    assert x.bias is not None
+    x = _with_plain_rows(x)
+    d_out = _plain_rows(d_out)
+    own = (1,) * (4 - len(shape)) + tuple(shape)
+    d_bias = torch.empty(*own[:2], x.q.shape[2], x.k.shape[2], dtype=torch.float32, device=x.q.device)
+    if d_bias.numel() == 0 or x.q.shape[0] == 0:
+        return d_bias.zero_().sum_to_size(own).reshape(shape).to(x.bias.dtype)
+    pattern = pattern_of(x, split=False)
+    tiles = config.query_gradient_tiles(x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
+    constants = _constants(x, pattern, tiles)
+    grid = own[0] * own[1] * -(-x.q.shape[2] // tiles.m) * -(-x.k.shape[2] // tiles.n)
+    bias_gradient_kernel[(grid,)](
+        *(x.q, x.k, x.v, d_out, lse, delta, d_bias),
+        *(x.slopes, x.bias, x.dense, x.key_lengths, pattern.tables, x.seed),
+        *(stride for t in (x.q, x.k, x.v, d_out) for stride in t.stride()[:3]),
+        *_option_strides(x),
+        *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
+        *(x.scale, x.softcap, x.dropout_p),
+        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP")},
+    )
+    return d_bias.sum_to_size(own).reshape(shape).to(x.bias.dtype)
+
+
+def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
+    """An uninitialised `[B, H, S, dim]` whose heads lie inside or outside its rows as those of `t` do."""
+    batch, heads, length, own = t.shape
+    dim = own if dim is None else dim
+    if t.stride(1) < t.stride(2):
+        return t.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return t.new_empty(batch, heads, length, dim)
+
+
+def _plain_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _with_plain_rows(x: Arguments) -> Arguments:
+    return x._replace(q=_plain_rows(x.q), k=_plain_rows(x.k), v=_plain_rows(x.v))
+
+
+def _capability(x: Arguments) -> tuple[int, int]:
+    return capability(x.q.device.index) if x.q.device.type == "cuda" else (8, 0)
+
+
+def _tiles_each(x: Arguments, pattern: Pattern, length: int, block: int) -> int:
+    """Programs for each head: an upper bound for documents, whose lengths are only known on the device."""
+    if x.cu_q is not None:
+        return -(-length // block) + x.cu_q.shape[0] - 1
+    rows = -(-length // pattern.step)
+    return pattern.step * -(-rows // block)
+
+
+def _options(x: Arguments, pattern: Pattern) -> tuple[Tensor | None, ...]:
+    return (x.slopes, x.bias, x.dense, x.key_lengths, x.cu_q, x.cu_k, x.seed, pattern.tables)
+
+
+def _option_strides(x: Arguments) -> tuple[int, ...]:
+    bias, dense = ((0, 0, 0, 0) if t is None else t.stride() for t in (x.bias, x.dense))
+    slopes = x.slopes.stride(0) if x.slopes is not None and x.slopes.dim() == 2 else 0
+    return (*bias, *dense, slopes)
+
+
+def _numbers(x: Arguments, pattern: Pattern, each: int) -> tuple[Any, ...]:
+    documents = 1 if x.cu_q is None else x.cu_q.shape[0] - 1
+    lengths = (x.q.shape[1], x.q.shape[2], x.k.shape[2], each, documents, pattern.window, pattern.ahead)
+    return (*lengths, x.scale, x.softcap, x.dropout_p)
+
+
+def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
+    dim, v_dim = x.q.shape[-1], x.v.shape[-1]
+    block, extra = head_blocks(dim)
+    whole, rest = head_blocks(v_dim)
+    return {
+        "GROUP": x.group,
+        "D": dim,
+        "DV": v_dim,
+        "BLOCK_M": tiles.m,
+        "BLOCK_N": tiles.n,
+        "BLOCK_D": block,
+        "BLOCK_E": extra,
+        "BLOCK_DV": whole if rest == 0 else 2 * whole,
+        "DOCUMENTS": 0 if x.cu_q is None else 1 << (x.cu_q.shape[0] - 2).bit_length(),
+        "STEP": pattern.step,
+        "LEFT": pattern.left,
+        "RIGHT": pattern.right,
+        "PROGRAM": pattern.program,
+        "PRECISION": precision(x.q.dtype),
+        "FAST": x.q.dtype == torch.bfloat16 and not interpreted(),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }

@@ -1,0 +1,102 @@
+"""What a call is to the kernels: which sequences, which keys each query walks, and how tiles are cut."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
+from attnzoo.ops.softmax.triton import patterns, walks
+
+
+class Arguments(NamedTuple):
+    """The operator's arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    bias: Tensor | None
+    slopes: Tensor | None
+    dense: Tensor | None
+    key_lengths: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seed: Tensor | None
+    mask: Mask  # Full where `dense` is given
+    scale: float
+    softcap: float | None
+    dropout_p: float
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: rows of queries and of keys in a tile, warps, and stages of its pipeline."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Pattern(NamedTuple):
+    """A mask as the kernels know it: an interval of keys, walked by arithmetic, or a list of tiles."""
+
+    left: bool  # -ahead <= i - j < window, where the two sides are asked for
+    right: bool
+    window: int
+    ahead: int
+    step: int  # positions apart that a sequence's rows are: a dilation
+    program: tuple | None  # type: ignore[type-arg]
+    tables: Tensor | None
+    listed: bool
+
+
+def pattern_of(x: Arguments, *, split: bool = True) -> Pattern:
+    """The cheapest form in which the kernels can run a mask; without `split` one whose rows are neighbours."""
+    mask = x.mask
+    if isinstance(mask, Full):
+        return Pattern(False, False, 0, 0, 1, None, None, False)
+    if isinstance(mask, Causal):
+        return Pattern(False, True, 0, 0, 1, None, None, False)
+    if isinstance(mask, SlidingWindow):
+        return Pattern(True, True, mask.window, mask.ahead, 1, None, None, False)
+    if isinstance(mask, Dilated) and x.cu_q is None and split:
+        # Each residue class of positions is a sequence of its own, in which the mask is a window without gaps.
+        return Pattern(True, True, mask.window, mask.ahead, mask.dilation, None, None, False)
+    program, tables = patterns.lower(mask, x.q.shape[1], x.q.shape[2], x.k.shape[2], x.q.device)
+    # Documents' lengths are only known on the device, so that no list of tiles can be made for them.
+    return Pattern(False, mask.causal, 0, 0, 1, program, tables, x.cu_q is None)
+
+
+def walk_of(x: Arguments, pattern: Pattern, tiles: Tiles, *, by_keys: bool) -> tuple[Tensor | None, ...]:
+    """The four tensors of a `Walk`; None each where tiles are found by arithmetic."""
+    if not pattern.listed:
+        return (None, None, None, None)
+    make = walks.columns if by_keys else walks.rows
+    return make(x.mask, x.q.shape[1], x.q.shape[2], x.k.shape[2], tiles.m, tiles.n, x.q.device)
+
+
+def head_blocks(dim: int) -> tuple[int, int]:
+    """Powers of two that hold a head_dim: one, or two where the first alone would be much too large (192, 576)."""
+    whole = max(16, _power(dim))
+    first = whole // 2
+    if first < 32 or dim <= first:
+        return whole, 0
+    rest = max(16, _power(dim - first))
+    return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are made; PyTorch's own switch decides."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
