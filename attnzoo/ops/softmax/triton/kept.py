@@ -3,56 +3,82 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", bound=Iterable[Any])
 
 
 class Kept(Generic[Value]):
-    """The `limit` values that were asked for last, by key; safe to ask from several threads."""
+    """The `limit` values that were asked for last, by key and device; safe to ask from several threads and streams."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._captured: dict[Hashable, Value] = {}
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._captured: dict[Hashable, _Entry] = {}
         self._lock = Lock()
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
-        """The value of this key, which may be tensors of this device, made now if it is not there.
+        """The value of this key, a tuple in which tensors of this device may stand, made now if it is not there.
 
         Raises:
             RuntimeError: if it has to be made while a CUDA graph is captured.
         """
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         key = (key, device)
+        on_gpu = device.type == "cuda"
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            value = self._values.get(key)
-            if value is not None:
-                self._values.move_to_end(key)
-                if capturing:  # the graph will read these tensors for as long as it lives
-                    self._captured[key] = value
-                return value
-        if capturing:
-            raise RuntimeError(
-                "a mask's tables are made on the host, which a CUDA graph cannot record: call attention once with this "
-                "mask and these shapes before capturing"
-            )
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+                if capturing:  # the graph reads these tensors for as long as it lives, so they stay
+                    self._captured[key] = entry
+        if entry is None:
+            if capturing:
+                raise RuntimeError(
+                    "what kernels know of a mask is made on the host, which a CUDA graph cannot record: "
+                    "call attention once with this mask and these shapes before the capture"
+                )
+            return self._make(key, device, make)
+        if on_gpu and not capturing:
+            entry.share_with(torch.cuda.current_stream(device))
+        return entry.value
+
+    def _make(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
         value = make()
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        entry = _Entry(value, stream, stream.record_event() if stream else None)
         with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._limit:
-                self._values.popitem(last=False)
+            self._entries[key] = entry
+            while len(self._entries) > self._limit:
+                self._entries.popitem(last=False)
         return value
+
+
+class _Entry(NamedTuple):
+    """A value and the stream that fills its tensors."""
+
+    value: Any
+    stream: torch.cuda.Stream | None = None
+    filled: torch.cuda.Event | None = None
+
+    def share_with(self, stream: torch.cuda.Stream) -> None:
+        """Let another stream read the tensors: once they are filled, and before their memory is used again."""
+        if stream == self.stream or self.filled is None:
+            return
+        stream.wait_event(self.filled)
+        for part in self.value:
+            if isinstance(part, Tensor):
+                part.record_stream(stream)
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """The numbers as an int32 tensor on the device, without waiting for it."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
         host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
