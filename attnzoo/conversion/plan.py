@@ -62,7 +62,7 @@ class Plan:
     def house(self, layer: Layer, merged: Projections, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Converted projections as they are stored, by full name; `tensors` holds at least those of `layer.beside`."""
         beside = {name: tensors[name] for name in layer.beside}
-        new = self.family.house(merged, beside, self.target, self.holder)
+        new = self.family.house(merged, beside, self.holder, self.config)
         return {layer.new_stem + name: tensor for name, tensor in new.items()}
 
 

@@ -4,6 +4,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from attnzoo.conversion import merge_heads
+from attnzoo.conversion.families import family_for
+
 # Odd on purpose: 6 query heads, head_dim 10 where the config may say so (6 * 10 is not the hidden size of 48).
 USUAL = {
     "vocab_size": 67,
@@ -41,7 +44,11 @@ CONFIGS = {
     "gpt2": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},
     "gpt_bigcode": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "multi_query": False},
     "gpt_neox": USUAL | {"rotary_pct": 0.25},
+    "gptj": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "rotary_dim": 6},
 }
+
+# Whose own class has as many KV heads as query heads, or one.
+HELD_ELSEWHERE = ("gpt2", "gpt_bigcode", "gpt_neox", "gptj")
 
 
 def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
@@ -55,6 +62,21 @@ def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
             scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
             parameter.copy_(noise * scale + (parameter if "norm" in name or "ln_" in name else 0))
     return model.to(dtype).eval()
+
+
+def duplicate(model: PreTrainedModel, heads: int) -> PreTrainedModel:
+    """The model with its KV heads equal in contiguous groups, so that `heads` of them are all that it has."""
+    family = family_for(model.config.model_type)
+    geometry = family.geometry(model.config.to_dict())
+    for number in range(family.attentions(geometry)):
+        attention = model.get_submodule(family.attention_path(number))
+        state = attention.state_dict()
+        few = merge_heads(family.split(state, geometry), heads, "first")
+        for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
+            if (tensor := getattr(few, name)) is not None and (name != "k_norm" or tensor.ndim == 2):
+                object.__setattr__(few, name, tensor.repeat_interleave(geometry.num_kv_heads // heads, dim=0))
+        attention.load_state_dict(state | family.join(few, geometry))
+    return model
 
 
 def tokens(seed: int = 1, length: int = 17) -> torch.Tensor:

@@ -13,9 +13,9 @@ from attnzoo.conversion import METHODS, convert_checkpoint, merge_heads
 from attnzoo.conversion.families import family_for
 from attnzoo.masks import Causal, SlidingWindow
 from attnzoo.specs import GQA
-from tests.conversion.models import CONFIGS, logits, tiny, tokens
+from tests.conversion.models import CONFIGS, HELD_ELSEWHERE, duplicate, logits, tiny, tokens
 
-FEWER = sorted(set(CONFIGS) - {"gpt2", "gpt_bigcode", "gpt_neox"})
+FEWER = sorted(set(CONFIGS) - set(HELD_ELSEWHERE))
 
 
 @pytest.fixture(scope="session")
@@ -98,17 +98,8 @@ def test_every_method_writes_what_merge_heads_gives(method, folders, tmp_path):
 @pytest.mark.parametrize("model_type", [*FEWER, "gpt2", "gpt_bigcode"])
 def test_heads_that_were_duplicated_come_back_under_mean(model_type, tmp_path):
     """A model whose heads are equal in groups loses nothing but the copies."""
-    model = tiny(model_type)
     heads = 2 if model_type in FEWER else 1
-    family = family_for(model_type)
-    geometry = family.geometry(model.config.to_dict())
-    for layer in range(geometry.num_layers):
-        attention = model.get_submodule(family.attention_path(layer))
-        few = merge_heads(family.split(attention.state_dict(), geometry), heads, "first")
-        for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
-            if (tensor := getattr(few, name)) is not None and (name != "k_norm" or tensor.ndim == 2):
-                object.__setattr__(few, name, tensor.repeat_interleave(6 // heads, dim=0))
-        attention.load_state_dict(family.join(few, geometry))
+    model = duplicate(tiny(model_type), heads)
     model.save_pretrained(tmp_path / "many")
     out = convert_checkpoint(tmp_path / "many", GQA(heads), tmp_path / "out")
     after = load(out)

@@ -101,7 +101,6 @@ def test_a_swapped_model_that_was_trained_is_exported_by_convert(build, tokens, 
         ("llama", GQA(1), {"calibration": [1]}, ValueError, "calibration"),
         ("llama", GQA(1), {"method": "svd"}, ValueError, "mean, first, random"),
         ("gpt2", GQA(2), {}, Refusal, "GPTBigCode"),
-        ("gpt_neox", GQA(1), {}, Refusal, "attnzoo.swap"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_and_writes_nothing(

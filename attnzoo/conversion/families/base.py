@@ -178,10 +178,10 @@ class Family(ABC):
         return {}
 
     def house(
-        self, projections: Projections, beside: Mapping[str, Tensor], geometry: Geometry, holder: "Family"
+        self, projections: Projections, beside: Mapping[str, Tensor], holder: "Family", config: Config
     ) -> dict[str, Tensor]:
-        """An attention's weights as the family `holder` stores them, which may put more into them than `join` does."""
-        return holder.join(projections, geometry)
+        """An attention's weights as the family `holder` stores them, for its `config`; perhaps more than its `join`."""
+        return holder.join(projections, holder.geometry(config))
 
     def check_names(self, names: Mapping[str, Tensor]) -> None:
         """Raise ConversionError where a required name is missing, or one is neither a weight nor a known buffer."""

@@ -16,7 +16,8 @@ Norms = Literal["one", "each", "joint"]
 class Separate(Family):
     """`q_proj k_proj v_proj` and an output, `[out, in]` each, biases and norms of q and k where the model has them.
 
-    `kv_heads` and `head_dim` are what the config class takes for absent keys. `norms`: one norm for all heads, one for
+    `kv_heads` and `head_dim` are what the config class takes for absent keys; `divided`, whether it ignores head_dim.
+    `norms`: one norm for all heads, one for
     each, or one over the channels of all heads together; `always` whether every model has them. `window` is how the
     config spells sliding windows, `switch` whether it has a `use_sliding_window` besides. `unrotated` names the
     layers without RoPE: a config key with a list, its value for them, and the key of their interval where it is absent.
@@ -28,6 +29,7 @@ class Separate(Family):
         *,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        divided: bool = False,
         norms: Norms | None = None,
         always: bool = True,
         window: Window | None = None,
@@ -41,7 +43,7 @@ class Separate(Family):
     ) -> None:
         self.model_type = model_type
         self.rope, self.rotated, self._unrotated = rope, rotated, unrotated
-        self.output, self.varied = output, varied
+        self.output, self.varied, self._divided = output, varied, divided
         self._kv_heads, self._head_dim, self._window, self._switch = kv_heads, head_dim, window, switch
         self.outside = tuple(filter(None, ("embed_tokens.weight", final_norm)))
         layers = ("q_proj", "k_proj", "v_proj", output)
@@ -62,6 +64,8 @@ class Separate(Family):
     def geometry(self, config: Config) -> Geometry:
         if config.get("qk_layernorm"):
             raise ConversionError(f"{self.model_type} with qk_layernorm=true is not supported; only without it")
+        if self._divided:
+            config = {key: value for key, value in config.items() if key != "head_dim"}
         return stock_geometry(config, self._kv_heads, self._head_dim)
 
     def split(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> Projections:
@@ -134,7 +138,7 @@ FAMILIES = (
     Separate("gemma3_text", kv_heads=4, head_dim=256, norms="one", window="bound_to_rope"),
     Separate("phi", output="dense", final_norm="final_layernorm.weight", rotated=0.5),
     Separate("granite"),
-    Separate("stablelm", rotated=0.25),
+    Separate("stablelm", kv_heads=32, divided=True, rotated=0.25),
     Separate("starcoder2", kv_heads=2, window="every_layer"),
     Separate("nemotron", rotated=0.5),
     Separate(
