@@ -29,7 +29,19 @@ KEYS = {
 }
 
 # What computes an op. They share code through the other files of their folder (common.py, rows.py).
-BACKENDS = {"blocked", "chunked", "recurrent", "reference", "sdpa", "tiled", "triton"}
+BACKENDS = {
+    "blocked",
+    "chunked",
+    "cudnn",
+    "fa3",
+    "flash",
+    "flash4",
+    "recurrent",
+    "reference",
+    "sdpa",
+    "tiled",
+    "triton",
+}
 
 SOURCES = sorted([*(ROOT / "attnzoo").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 
@@ -177,8 +189,11 @@ def test_the_checks_see_relative_and_lazy_imports(
 
 def test_every_library_that_is_imported_is_declared() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
-        declared = {re.split(r"[^\w-]", line)[0].lower() for line in tomllib.load(file)["project"]["dependencies"]}
+        project = tomllib.load(file)["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["kernels"]]
+    declared = {re.split(r"[^\w-]", line)[0].lower() for line in lines}
     distributions = {"hydra": "hydra-core", "yaml": "pyyaml", "pytorch_lightning": "lightning"}
+    distributions |= {"flash_attn": "flash-attn-4", "fa3_fwd_interface": "fa3-fwd"}
     ours = {"attnzoo", "recipes", "conf"}
     wrong = [
         f"{path}:{line} imports {top}, and pyproject.toml does not name it"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
-from attnzoo.ops.softmax import reference, sdpa, tiled
+from attnzoo.ops.softmax import choice, cudnn, fa3, flash, flash4, reference, sdpa, tiled
 from attnzoo.ops.softmax.checks import check_bias, check_boundaries, check_options, check_tensors, checked_mask
 from attnzoo.ops.softmax.common import Call
+from attnzoo.ops.softmax.triton import backend as triton
 
-_BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "tiled": tiled, "reference": reference}
-with contextlib.suppress(ModuleNotFoundError):
-    _BACKENDS["triton"] = importlib.import_module("attnzoo.ops.softmax.triton.backend")
-_AUTOMATIC = ("sdpa", "triton", "tiled")  # fastest first; the reference is quadratic in memory and runs only when named
+_BACKENDS: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "sdpa-flash": flash,
+    "sdpa-cudnn": cudnn,
+    "flash-attn-4": flash4,
+    "fa3-fwd": fa3,
+    "triton": triton,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 @overload
@@ -106,8 +112,11 @@ def attention(  # type: ignore[misc]
             the call, with its reasons.
     """
     options = (bias, alibi_slopes, sinks, dropout_p, key_lengths, cu_seqlens_q, cu_seqlens_k, return_lse, deterministic)
-    call = _call(q, k, v, mask, scale, softcap, *options)
-    out, lse = _choose(call, backend).run(call)
+    if torch.compiler.is_compiling():
+        call = _call(q, k, v, mask, scale, softcap, *options)
+        out, lse = _choose(call, backend).run(call)
+    else:
+        out, lse = _run(q, k, v, mask, scale, softcap, *options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -132,32 +141,144 @@ def explain(
     """Which backend `attention` would run for this call, and why each other one would not; a line each."""
     options = (bias, alibi_slopes, sinks, dropout_p, key_lengths, cu_seqlens_q, cu_seqlens_k, return_lse, deterministic)
     call = _call(q, k, v, mask, scale, softcap, *options)
+    names, source = choice.order(call)
     chosen = _choose(call, "auto")
     lines = []
     for name, module in _BACKENDS.items():
         if module is chosen:
-            lines.append(f"{name}: runs")
+            lines.append(f"{name}: runs ({source})")
         elif name == "reference":
             lines.append(f"{name}: quadratic in memory, runs only when asked for")
         else:
-            lines.append(f"{name}: " + ("; ".join(module.reasons(call)) or "could run, is slower"))
+            why = module.reasons(call) or ["could run, is slower" if name in names else "could run, if asked for"]
+            lines.append(f"{name}: {'; '.join(why)}")
     return "\n".join(lines)
+
+
+class _Plan(NamedTuple):
+    """What a call came to, for calls of the same signature."""
+
+    run: Callable[[Call], tuple[Tensor, Tensor | None]]
+    mask: Mask | Tensor
+    scale: float
+    dtype: torch.dtype  # of the inputs, autocast or not
+    deterministic: bool
+
+
+_PLANS: dict[tuple[object, ...], _Plan] = {}
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    key_lengths: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    return_lse: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the call, by the plan of its signature where there is one: checks and choice take longer than a look."""
+    options = (bias, alibi_slopes, sinks, dropout_p, key_lengths, cu_q, cu_k, return_lse, deterministic)
+    others = (bias, alibi_slopes, sinks, key_lengths, cu_q, cu_k)
+    key = _signature(q, k, v, mask, others, (scale, softcap, dropout_p, return_lse, deterministic, backend))
+    plan = _PLANS.get(key) if key is not None else None
+    if plan is None:
+        call = _call(q, k, v, mask, scale, softcap, *options)
+        run = _choose(call, backend).run
+        if key is not None:
+            if len(_PLANS) >= 4096:  # lengths that never come back would fill the memory
+                _PLANS.clear()
+            _PLANS[key] = _Plan(run, call.mask, call.scale, call.q.dtype, call.deterministic)
+        return run(call)
+    if key_lengths is not None or cu_q is not None:
+        check_boundaries(q, k, key_lengths, cu_q, cu_q if cu_k is None else cu_k)
+    if q.dtype != plan.dtype:
+        q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
+    return plan.run(
+        Call(
+            q,
+            k,
+            v,
+            mask if isinstance(mask, Tensor) else plan.mask,
+            plan.scale,
+            softcap,
+            sinks,
+            dropout_p,
+            key_lengths,
+            cu_q,
+            cu_q if cu_k is None else cu_k,
+            return_lse,
+            bias,
+            alibi_slopes,
+            plan.deterministic,
+        )
+    )
+
+
+def _signature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    others: tuple[Tensor | None, ...],
+    scalars: tuple[object, ...],
+) -> tuple[object, ...] | None:
+    """All that checks and choice look at; None where they look at values, or something has no hash."""
+    device = q.device
+    kind = device.type
+    bias, slopes, sinks, lengths, cu_q, cu_k = others
+    if kind == "cpu" and cu_q is not None:  # boundaries on a CPU are read, to choose by
+        return None
+    grad = torch.is_grad_enabled()
+    bare = bias is None and slopes is None and sinks is None and lengths is None and cu_q is None and cu_k is None
+    key = (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        device,
+        k.device,
+        v.device,
+        grad and (q.requires_grad or k.requires_grad or v.requires_grad),
+        mask.text if isinstance(mask, Mask) else None if mask is None else (type(mask), mask.shape, mask.dtype),
+        scalars,
+        None if bare else tuple([None if t is None else _sketch(t, grad) for t in others]),
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        hash(key)
+    except TypeError:  # symbolic lengths
+        return None
+    return key
+
+
+def _sketch(t: Tensor, grad: bool) -> tuple[object, ...]:
+    return t.shape, t.dtype, t.device, grad and t.requires_grad
 
 
 def _choose(call: Call, backend: str) -> ModuleType:
     if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(_BACKENDS)}, got {backend!r}")
     refusals = []
-    for name in _automatic(call) if backend == "auto" else (backend,):
+    for name in choice.order(call)[0] if backend == "auto" else (backend,):
         why = _BACKENDS[name].reasons(call)
         if not why:
             return _BACKENDS[name]
         refusals.append(f"{name}: {'; '.join(why)}")
     raise ValueError("no backend can run this call\n" + "\n".join(refusals))
-
-
-def _automatic(call: Call) -> list[str]:
-    return [name for name in _AUTOMATIC if name in _BACKENDS and (name != "triton" or call.q.device.type == "cuda")]
 
 
 def _call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def check_boundaries(
             raise ValueError(f"key_lengths must be [{q.shape[0]}], got {list(key_lengths.shape)}")
         if cu_q is not None:
             raise ValueError("key_lengths and cu_seqlens_q exclude each other")
-        if _readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > k.shape[2])).any()):
+        if _readable(key_lengths) and not all(0 <= length <= k.shape[2] for length in key_lengths.tolist()):
             raise ValueError(f"key_lengths must be in [0, {k.shape[2]}], got {key_lengths.tolist()}")
     if cu_q is None and cu_k is None:
         return
@@ -100,7 +101,7 @@ def check_boundaries(
         _check_integers(name, cu)
         if cu.dim() != 1 or cu.shape[0] < 2:
             raise ValueError(f"{name} must be [N + 1] with N >= 1, got {list(cu.shape)}")
-        if _readable(cu) and (int(cu[0]) != 0 or bool((torch.diff(cu) < 0).any()) or int(cu[-1]) > length):
+        if _readable(cu) and not _rises(cu.tolist(), length):
             raise ValueError(f"{name} must start at 0, never fall and end by {length}, got {cu.tolist()}")
 
 
@@ -110,6 +111,10 @@ def _broadcasts(tensor: Tensor, full: tuple[int, ...]) -> bool:
 
 def _got(tensor: Tensor) -> str:
     return f"got {list(tensor.shape)} {tensor.dtype}"
+
+
+def _rises(boundaries: list[int], end: int) -> bool:
+    return boundaries[0] == 0 and boundaries[-1] <= end and all(map(operator.le, boundaries, boundaries[1:]))
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.masks import Mask, mask_from_dict
+from attnzoo.masks import Causal, Full, Mask, SlidingWindow, mask_from_dict
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Call(NamedTuple):
@@ -40,6 +42,12 @@ class Call(NamedTuple):
         """Query heads that share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient of this call can be asked for."""
+        tensors = (self.q, self.k, self.v, self.sinks, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Softmax and sums run in fp32 whatever the inputs are, and in fp64 for fp64."""
@@ -50,6 +58,56 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def mask_from_text(text: str) -> Mask:
     """The mask whose `text` this is; the way back from a custom operator's string argument."""
     return mask_from_dict(json.loads(text))
+
+
+def window(mask: Mask | Tensor) -> tuple[int, int]:
+    """Keys before and after its own that a query sees of a full, causal or windowed mask; -1 for all of them."""
+    if isinstance(mask, SlidingWindow):
+        return mask.window - 1, mask.ahead
+    return (-1, 0) if isinstance(mask, Causal) else (-1, -1)
+
+
+def extra_reasons(call: Call, *, softcap: bool = False, sinks: bool = False, dropout: bool = False) -> list[str]:
+    """What a kernel of others refuses whatever its shapes; the flags say what this one has."""
+    out = []
+    if call.softcap is not None and not softcap:
+        out.append("has no softcap")
+    if call.sinks is not None and not sinks:
+        out.append("has no sinks")
+    if call.bias is not None:
+        out.append("has no bias")
+    if call.alibi_slopes is not None:
+        out.append("has no ALiBi")
+    if call.dropout_p > 0 and not dropout:
+        out.append("has no dropout")
+    if call.key_lengths is not None:
+        out.append("has no key_lengths")
+    if call.q.dtype not in HALF:
+        out.append("runs fp16 and bf16 only")
+    if call.q.device.type != "cuda":
+        out.append("runs on CUDA only")
+    if 0 in (*call.q.shape, *call.k.shape, *call.v.shape):
+        out.append("has no kernel for empty tensors")
+    if not isinstance(call.mask, Full | Causal | SlidingWindow):
+        out.append("has full, causal and sliding-window masks only")
+    return out
+
+
+def inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where their last stride is not 1, as kernels of others want them."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def without_tails(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed q, k and v as `[T, H, D]` with zeros past the last boundary, and which rows of q those are, `[Sq, 1]`.
+
+    Variable-length kernels leave such rows unwritten, forward and backward, and their last tile reads them.
+    """
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+    q_dead = torch.arange(call.q.shape[2], device=call.q.device)[:, None] >= call.cu_seqlens_q[-1]
+    k_dead = torch.arange(call.k.shape[2], device=call.q.device)[:, None] >= call.cu_seqlens_k[-1]
+    q, k, v = ((t.masked_fill(dead, 0)) for t, dead in ((call.q, q_dead), (call.k, k_dead), (call.v, k_dead)))
+    return q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), q_dead
 
 
 def visibility(call: Call) -> Tensor:

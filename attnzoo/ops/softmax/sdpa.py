@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from attnzoo.masks import Causal, Full, Mask, SlidingWindow
-from attnzoo.ops.softmax.common import Call
+from attnzoo.masks import Causal, Full, SlidingWindow
+from attnzoo.ops.softmax.common import HALF, Call, inner_contiguous, window, without_tails
 
-_HALF = (torch.float16, torch.bfloat16)
 _ASK_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 groups heads unasked
 
 
@@ -29,7 +28,7 @@ def reasons(call: Call) -> list[str]:
     if call.sinks is not None:
         out.append("has no sinks")
     if call.bias is not None:
-        out.append("has no bias")
+        out += _bias_reasons(call, call.bias)
     if call.alibi_slopes is not None:
         out.append("has no ALiBi")
     if call.return_lse:
@@ -40,7 +39,28 @@ def reasons(call: Call) -> list[str]:
         out.append(f"is not known to be linear in memory on {call.q.device.type}")
     if call.q.device.type == "cpu" and call.dropout_p > 0:
         out.append("has no fused dropout on a CPU")
+    if call.deterministic and call.trains and call.q.device.type != "cpu" and not _globally_deterministic():
+        out.append("is deterministic only under torch.use_deterministic_algorithms(True)")
     return out + (_packed_reasons(call) if call.packed else _padded_reasons(call))
+
+
+def _bias_reasons(call: Call, bias: Tensor) -> list[str]:
+    out = []
+    wants_gradient = bias.requires_grad and torch.is_grad_enabled()
+    if not isinstance(call.mask, Full) or call.key_lengths is not None:
+        out.append("cannot join a bias with a mask but by another bias")
+    if bias.dtype != call.q.dtype:
+        out.append("wants a bias of the inputs' dtype")
+    if call.q.device.type == "cpu":
+        return out + (["has no fused gradient of a bias on a CPU"] if wants_gradient else [])
+    if wants_gradient and bias.shape != (*call.q.shape[:3], call.k.shape[2]):
+        out.append("writes the gradient of a bias out for every query, head and batch that share it")
+    return out
+
+
+def _globally_deterministic() -> bool:
+    on = torch.are_deterministic_algorithms_enabled()
+    return on and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _padded_reasons(call: Call) -> list[str]:
@@ -51,7 +71,7 @@ def _padded_reasons(call: Call) -> list[str]:
             out.append("aligns causal masks top left when queries and keys differ in number")
         if call.key_lengths is not None:
             out.append("cannot join a causal mask with key_lengths but by a dense mask")
-        if call.q.device.type == "cuda" and call.group > 1 and call.q.dtype not in _HALF:
+        if call.q.device.type == "cuda" and call.group > 1 and call.q.dtype not in HALF:
             out.append("has no fused grouped causal kernel in fp32")
     elif not isinstance(call.mask, Tensor | Full):
         out.append(f"has no fused {call.mask.pattern!r} mask")
@@ -71,7 +91,7 @@ def _packed_reasons(call: Call) -> list[str]:
         if not isinstance(call.mask, Full | Causal):
             out.append("runs packed sequences on a CPU with a full or causal mask only")
         return out
-    if call.q.dtype not in _HALF:
+    if call.q.dtype not in HALF:
         out.append("runs packed sequences on CUDA in fp16 or bf16 only")
     if not isinstance(call.mask, Full | Causal | SlidingWindow):
         out.append("runs packed sequences with a full, causal or sliding-window mask only")
@@ -88,8 +108,9 @@ def run(call: Call) -> tuple[Tensor, None]:
         return (_one_by_one(call) if call.q.device.type == "cpu" else _packed(call)), None
     if isinstance(call.mask, Causal):
         gqa = call.group > 1
+        q, k, v = inner_contiguous(call.q, call.k, call.v)
         out = F.scaled_dot_product_attention(
-            call.q, call.k, call.v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, enable_gqa=gqa
+            q, k, v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, enable_gqa=gqa
         )
         return out, None
     return _masked(call), None
@@ -99,7 +120,7 @@ def _masked(call: Call) -> Tensor:
     """Full, key-padded or densely masked attention, the heads of a group laid out as further queries of one head."""
     batch, q_heads, q_len, dim = call.q.shape
     k_heads, k_len = call.k.shape[1:3]
-    k, v = call.k, call.v
+    k, v = inner_contiguous(call.k, call.v)
     visible: Tensor | None = call.mask if isinstance(call.mask, Tensor) else None  # [1|B, 1|Hq, 1|Sq, Sk]
     if call.key_lengths is not None:
         real = (torch.arange(k_len, device=k.device) < call.key_lengths[:, None])[:, None, None, :]
@@ -112,8 +133,13 @@ def _masked(call: Call) -> Tensor:
         # A row without a visible key is shown everything, to keep NaN out of its softmax, and is zeroed afterwards.
         sees = visible.any(-1, keepdim=True)
         visible = _rows_of_groups(visible | ~sees, k_heads, call.group, q_len, k_len)
-    q = call.q.reshape(batch, k_heads, call.group * q_len, dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=call.dropout_p, scale=call.scale)
+    added = visible
+    if call.bias is not None:
+        bias = call.bias.reshape((1,) * (4 - call.bias.dim()) + call.bias.shape)
+        sees = (bias > -torch.inf).any(-1, keepdim=True)
+        added = _rows_of_groups(bias.masked_fill(~sees, 0), k_heads, call.group, q_len, k_len)
+    q = inner_contiguous(call.q)[0].reshape(batch, k_heads, call.group * q_len, dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=call.dropout_p, scale=call.scale)
     out = out.reshape(batch, q_heads, q_len, dim)
     return out if sees is None else out.masked_fill(~sees, 0)
 
@@ -150,23 +176,9 @@ def _one_by_one(call: Call) -> Tensor:
 def _packed(call: Call) -> Tensor:
     """Documents side by side, through flash attention's variable-length kernel."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
-    q_len, k_len = call.q.shape[2], call.k.shape[2]
-    q_dead = torch.arange(q_len, device=call.q.device)[:, None] >= call.cu_seqlens_q[-1]
-    k_dead = torch.arange(k_len, device=call.q.device)[:, None] >= call.cu_seqlens_k[-1]
-    # The kernel leaves the rows past the last boundary unwritten, forward and backward.
-    q = call.q.masked_fill(q_dead, 0)[0].transpose(0, 1)  # [Tq, Hq, D]
-    k = call.k.masked_fill(k_dead, 0)[0].transpose(0, 1)
-    v = call.v.masked_fill(k_dead, 0)[0].transpose(0, 1)
+    q, k, v, q_dead = without_tails(call)
     cu_q, cu_k = call.cu_seqlens_q.int(), call.cu_seqlens_k.int()
-    window = _window(call.mask)
     groups: dict[str, Any] = {"enable_gqa": call.group > 1} if _ASK_FOR_GROUPS else {}
-    out = varlen_attn(q, k, v, cu_q, cu_k, q_len, k_len, scale=call.scale, window_size=window, **groups)
+    out = varlen_attn(q, k, v, cu_q, cu_k, len(q), len(k), scale=call.scale, window_size=window(call.mask), **groups)
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None].masked_fill(q_dead, 0)
-
-
-def _window(mask: Mask | Tensor) -> tuple[int, int]:
-    """Keys to the left and right that a query sees besides its own, -1 for all of them."""
-    if isinstance(mask, SlidingWindow):
-        return mask.window - 1, mask.ahead
-    return (-1, 0) if isinstance(mask, Causal) else (-1, -1)
