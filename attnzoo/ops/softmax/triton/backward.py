@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.softmax.triton.tiles import (
+    UNSPECIALISED,
     LOG2E,
     count_partial,
     document_of,
@@ -22,7 +23,7 @@ from attnzoo.ops.softmax.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def query_gradient_kernel(
     q,
     k,
@@ -140,24 +141,24 @@ def query_gradient_kernel(
             if slopes is not None:
                 slope = tl.load(slopes + batch * stride_slopes + head)
 
-            q0 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_D, D, True)
+            t_row = first + tl.arange(0, BLOCK_M)
+            exists = t_row < q_rows
+            q0 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, 0, BLOCK_D, D)
             q1 = q0
             if BLOCK_E > 0:
-                q1 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, BLOCK_D, BLOCK_E, D, True)
-            do = load_rows(do_base, first, stride_dos * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, True)
-            o = load_rows(o_base, first, stride_os * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, True)
-            t_row = first + tl.arange(0, BLOCK_M)
+                q1 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, BLOCK_D, BLOCK_E, D)
+            do = load_rows(do_base, first, stride_dos * STEP, exists, BLOCK_M, 0, BLOCK_DV, DV)
+            o = load_rows(o_base, first, stride_os * STEP, exists, BLOCK_M, 0, BLOCK_DV, DV)
             rows = (batch.to(tl.int64) * heads + head) * q_len + q_start + t_row * STEP
-            row_lse = tl.load(lse + rows, mask=t_row < q_rows, other=float("inf")) * LOG2E
+            row_lse = tl.load(lse + rows, mask=exists, other=float("inf")) * LOG2E
             row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             if d_lse is not None:
-                row_delta -= tl.load(d_lse + rows, mask=t_row < q_rows, other=0.0)
+                row_delta -= tl.load(d_lse + rows, mask=exists, other=0.0)
             # A query that sees no key gives nothing back, whatever arrives at it.
             blind = row_lse == float("-inf")
             row_delta = tl.where(blind, 0.0, row_delta)
-            tl.store(delta + rows, row_delta, mask=t_row < q_rows)
+            tl.store(delta + rows, row_delta, mask=exists)
             row_lse = tl.where(blind, float("inf"), row_lse)
-            do = tl.where(blind[:, None], 0.0, do)
             acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
 
@@ -199,19 +200,19 @@ def query_gradient_kernel(
                         start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
                     else:
                         start = full_lo + n * BLOCK_N
-                    low = 0
-                    high = k_seen
+                    u_row = start + tl.arange(0, BLOCK_N)
+                    there = u_row < k_seen if MASKED else None
                     if MASKED and walk_tiles is None:
-                        high = hi
+                        there = u_row < hi
                         if LEFT:
-                            low = first + shift - window + 1
-                    k0 = load_rows(k_base, start, stride_ks * STEP, low, high, BLOCK_N, 0, BLOCK_D, D, MASKED)
-                    vt = load_rows(v_base, start, stride_vs * STEP, low, high, BLOCK_N, 0, BLOCK_DV, DV, MASKED)
+                            there = there & (u_row > first + shift - window)
+                    k0 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, 0, BLOCK_D, D)
+                    vt = load_rows(v_base, start, stride_vs * STEP, there, BLOCK_N, 0, BLOCK_DV, DV)
                     k1 = k0
                     if BLOCK_E > 0:
-                        k1 = load_rows(k_base, start, stride_ks * STEP, low, high, BLOCK_N, BLOCK_D, BLOCK_E, D, MASKED)
-                    t = first + tl.arange(0, BLOCK_M)[:, None]
-                    u = start + tl.arange(0, BLOCK_N)[None, :]
+                        k1 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, BLOCK_D, BLOCK_E, D)
+                    t = t_row[:, None]
+                    u = u_row[None, :]
                     inside = (t < q_rows) & (u < k_seen)
                     visible = inside
                     if MASKED:
@@ -253,16 +254,13 @@ def query_gradient_kernel(
             dq_base = d_q + batch.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
             at_rows = dq_base + (q_start + t_row * STEP).to(tl.int64)[:, None] * stride_dqs
             d = tl.arange(0, BLOCK_D)[None, :]
-            there = (t_row < q_rows)[:, None]
-            acc0 = tl.where(blind[:, None], 0.0, acc0 * scale)
-            tl.store(at_rows + d, acc0.to(d_q.dtype.element_ty), mask=there & (d < D))
+            tl.store(at_rows + d, (acc0 * scale).to(d_q.dtype.element_ty), mask=exists[:, None] & (d < D))
             if BLOCK_E > 0:
                 d = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
-                acc1 = tl.where(blind[:, None], 0.0, acc1 * scale)
-                tl.store(at_rows + d, acc1.to(d_q.dtype.element_ty), mask=there & (d < D))
+                tl.store(at_rows + d, (acc1 * scale).to(d_q.dtype.element_ty), mask=exists[:, None] & (d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def key_gradient_kernel(
     q,
     k,
@@ -366,15 +364,17 @@ def key_gradient_kernel(
             if PACKED or STEP > 1:
                 k_base += k_start.to(tl.int64) * stride_ks
                 v_base += k_start.to(tl.int64) * stride_vs
-            k0 = load_rows(k_base, first, stride_ks * STEP, 0, k_seen, BLOCK_N, 0, BLOCK_D, D, True)
+            u_row = first + tl.arange(0, BLOCK_N)
+            real = u_row < k_seen
+            k0 = load_rows(k_base, first, stride_ks * STEP, real, BLOCK_N, 0, BLOCK_D, D)
             k1 = k0
             if BLOCK_E > 0:
-                k1 = load_rows(k_base, first, stride_ks * STEP, 0, k_seen, BLOCK_N, BLOCK_D, BLOCK_E, D, True)
-            vt = load_rows(v_base, first, stride_vs * STEP, 0, k_seen, BLOCK_N, 0, BLOCK_DV, DV, True)
+                k1 = load_rows(k_base, first, stride_ks * STEP, real, BLOCK_N, BLOCK_D, BLOCK_E, D)
+            vt = load_rows(v_base, first, stride_vs * STEP, real, BLOCK_N, 0, BLOCK_DV, DV)
             acc_k0 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             acc_k1 = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
             acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-            u = first + tl.arange(0, BLOCK_N)[:, None]
+            u = u_row[:, None]
 
             for MASKED in tl.static_range(2):
                 for member in tl.range(0, GROUP):
@@ -430,24 +430,19 @@ def key_gradient_kernel(
                             start = nth_partial(n, lo, full_lo, full_hi, BLOCK_M)
                         else:
                             start = full_lo + n * BLOCK_M
-                        q0 = load_rows(q_base, start, stride_qs * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_D, D, MASKED)
-                        do = load_rows(do_base, start, stride_dos * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_DV, DV, MASKED)
-                        q1 = q0
-                        if BLOCK_E > 0:
-                            q1 = load_rows(
-                                q_base, start, stride_qs * STEP, 0, q_rows, BLOCK_M, BLOCK_D, BLOCK_E, D, MASKED
-                            )
                         t_row = start + tl.arange(0, BLOCK_M)
-                        row_lse = tl.load(lse + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
+                        row_lse = tl.load(lse + row_base + t_row * STEP, mask=t_row < q_rows, other=float("-inf"))
                         row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
+                        there = None
                         if MASKED:
                             # A query that sees no key may be NaN, and so may what arrives at its output.
-                            blind = row_lse == float("-inf")
-                            row_lse = tl.where(blind, float("inf"), row_lse)
-                            q0 = tl.where(blind[:, None], 0.0, q0)
-                            do = tl.where(blind[:, None], 0.0, do)
-                            if BLOCK_E > 0:
-                                q1 = tl.where(blind[:, None], 0.0, q1)
+                            there = row_lse != float("-inf")
+                            row_lse = tl.where(there, row_lse, float("inf"))
+                        q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
+                        do = load_rows(do_base, start, stride_dos * STEP, there, BLOCK_M, 0, BLOCK_DV, DV)
+                        q1 = q0
+                        if BLOCK_E > 0:
+                            q1 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, BLOCK_D, BLOCK_E, D)
                         t = t_row[None, :]
                         inside = (t < q_rows) & (u < k_seen)
                         s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
@@ -482,9 +477,8 @@ def key_gradient_kernel(
                         if BLOCK_E > 0:
                             acc_k1 = tl.dot(ds, q1, acc_k1, input_precision=PRECISION)
 
-            # Padding gets zeros: its own NaN must not come back as a gradient.
-            exists = (u < k_rows) & (u >= 0)
-            real = u < k_seen
+            exists = u < k_rows
+            real = real[:, None]
             rows = (k_start + u * STEP).to(tl.int64)
             dk_base = d_k + batch.to(tl.int64) * stride_dkb + head_k.to(tl.int64) * stride_dkh
             dv_base = d_v + batch.to(tl.int64) * stride_dvb + head_k.to(tl.int64) * stride_dvh

@@ -6,10 +6,10 @@ A kernel of its own, as only learned biases pay for it: it computes the scores o
 import triton
 import triton.language as tl
 
-from attnzoo.ops.softmax.triton.tiles import LOG2E, kept, load_rows, score, visibility
+from attnzoo.ops.softmax.triton.tiles import LOG2E, UNSPECIALISED, kept, load_rows, score, visibility
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def bias_gradient_kernel(
     q,
     k,
@@ -80,8 +80,10 @@ def bias_gradient_kernel(
     own_head = place % bias_heads
     own_batch = place // bias_heads
     shift = k_len - q_len
-    t = start_m + tl.arange(0, BLOCK_M)[:, None]
-    u = start_n + tl.arange(0, BLOCK_N)[None, :]
+    t_row = start_m + tl.arange(0, BLOCK_M)
+    u_row = start_n + tl.arange(0, BLOCK_N)
+    t = t_row[:, None]
+    u = u_row[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     shared_heads = heads // bias_heads
     for n in tl.range(0, shared_heads * (batches // bias_batches)):
@@ -103,15 +105,15 @@ def bias_gradient_kernel(
         if key_lengths is not None:
             seen = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), k_len)
         inside = (t < q_len) & (u < seen)
-        q0 = load_rows(q_base, start_m, stride_qs, 0, q_len, BLOCK_M, 0, BLOCK_D, D, True)
-        k0 = load_rows(k_base, start_n, stride_ks, 0, seen, BLOCK_N, 0, BLOCK_D, D, True)
+        q0 = load_rows(q_base, start_m, stride_qs, t_row < q_len, BLOCK_M, 0, BLOCK_D, D)
+        k0 = load_rows(k_base, start_n, stride_ks, u_row < seen, BLOCK_N, 0, BLOCK_D, D)
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if BLOCK_E > 0:
-            q1 = load_rows(q_base, start_m, stride_qs, 0, q_len, BLOCK_M, BLOCK_D, BLOCK_E, D, True)
-            k1 = load_rows(k_base, start_n, stride_ks, 0, seen, BLOCK_N, BLOCK_D, BLOCK_E, D, True)
+            q1 = load_rows(q_base, start_m, stride_qs, t_row < q_len, BLOCK_M, BLOCK_D, BLOCK_E, D)
+            k1 = load_rows(k_base, start_n, stride_ks, u_row < seen, BLOCK_N, BLOCK_D, BLOCK_E, D)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        do = load_rows(do_base, start_m, stride_dos, 0, q_len, BLOCK_M, 0, BLOCK_DV, DV, True)
-        vt = load_rows(v_base, start_n, stride_vs, 0, seen, BLOCK_N, 0, BLOCK_DV, DV, True)
+        do = load_rows(do_base, start_m, stride_dos, t_row < q_len, BLOCK_M, 0, BLOCK_DV, DV)
+        vt = load_rows(v_base, start_n, stride_vs, u_row < seen, BLOCK_N, 0, BLOCK_DV, DV)
         dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
         s, _ = score(
             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k, t, u, inside,

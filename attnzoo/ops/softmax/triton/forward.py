@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.softmax.triton.tiles import (
+    UNSPECIALISED,
     LN2,
     LOG2E,
     LOWEST,
@@ -23,7 +24,7 @@ from attnzoo.ops.softmax.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     q,  # [B, Hq, Sq, D]
     k,  # [B, Hk, Sk, D]
@@ -128,10 +129,12 @@ def forward_kernel(
             if slopes is not None:
                 slope = tl.load(slopes + batch * stride_slopes + head)
 
-            q0 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, 0, BLOCK_D, D, True)
+            t_row = first + tl.arange(0, BLOCK_M)
+            exists = t_row < q_rows
+            q0 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, 0, BLOCK_D, D)
             q1 = q0
             if BLOCK_E > 0:
-                q1 = load_rows(q_base, first, stride_qs * STEP, 0, q_rows, BLOCK_M, BLOCK_D, BLOCK_E, D, True)
+                q1 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, BLOCK_D, BLOCK_E, D)
             top = tl.full([BLOCK_M], LOWEST, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -174,13 +177,20 @@ def forward_kernel(
                         start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
                     else:
                         start = full_lo + n * BLOCK_N
-                    k0 = load_rows(k_base, start, stride_ks * STEP, 0, k_seen, BLOCK_N, 0, BLOCK_D, D, MASKED)
+                    u_row = start + tl.arange(0, BLOCK_N)
+                    k_there = u_row < k_seen if MASKED else None
+                    v_there = k_there
+                    if MASKED and walk_tiles is None:
+                        v_there = u_row < hi
+                        if LEFT:
+                            v_there = v_there & (u_row > first + shift - window)
+                    k0 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, 0, BLOCK_D, D)
                     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
                     if BLOCK_E > 0:
-                        k1 = load_rows(k_base, start, stride_ks * STEP, 0, k_seen, BLOCK_N, BLOCK_D, BLOCK_E, D, MASKED)
+                        k1 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, BLOCK_D, BLOCK_E, D)
                         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-                    t = first + tl.arange(0, BLOCK_M)[:, None]
-                    u = start + tl.arange(0, BLOCK_N)[None, :]
+                    t = t_row[:, None]
+                    u = u_row[None, :]
                     inside = (t < q_rows) & (u < k_seen)
                     if not PLAIN:
                         s, _ = score(
@@ -188,19 +198,13 @@ def forward_kernel(
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
-                    v_low = 0
-                    v_high = k_seen
                     if MASKED:
                         visible = visibility(
                             t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
                             stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
                         s = tl.where(visible, s, float("-inf"))
-                        if walk_tiles is None:
-                            v_high = hi
-                            if LEFT:
-                                v_low = first + shift - window + 1
-                    vt = load_rows(v_base, start, stride_vs * STEP, v_low, v_high, BLOCK_N, 0, BLOCK_DV, DV, MASKED)
+                    vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
                     if MASKED and (PROGRAM is not None or dense is not None):
                         # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
                         seen = tl.max(visible.to(tl.int32), 0)
@@ -229,11 +233,10 @@ def forward_kernel(
             total = tl.where(blind, 1.0, total)
             acc = tl.where(blind[:, None], 0.0, acc / total[:, None])
             row_lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
-            t = first + tl.arange(0, BLOCK_M)
             d = tl.arange(0, BLOCK_DV)
             out_base = out + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-            rows = (q_start + t * STEP).to(tl.int64)
+            rows = (q_start + t_row * STEP).to(tl.int64)
             out_at = out_base + rows[:, None] * stride_os + d[None, :]
-            tl.store(out_at, acc.to(out.dtype.element_ty), mask=(t < q_rows)[:, None] & (d < DV)[None, :])
+            tl.store(out_at, acc.to(out.dtype.element_ty), mask=exists[:, None] & (d < DV)[None, :])
             lse_base = lse + (batch.to(tl.int64) * heads + head) * q_len
-            tl.store(lse_base + rows, row_lse, mask=t < q_rows)
+            tl.store(lse_base + rows, row_lse, mask=exists)

@@ -9,6 +9,9 @@ import triton.language as tl
 
 from attnzoo.ops.softmax.triton.sees import sees
 
+# Numbers that change from call to call and whose divisibility helps nobody: kernels are not compiled again for them.
+UNSPECIALISED = ("heads", "q_len", "k_len", "tiles_each", "documents", "window", "ahead", "stride_slopes")
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # a row's greatest score before it saw any; finite, so that no inf - inf arises
@@ -134,37 +137,25 @@ def count_partial(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    base,
-    row,
-    stride,
-    low,
-    high,
-    COUNT: tl.constexpr,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """COUNT rows from `row` on and columns [START, START + BLOCK) of a matrix; zeros outside [low, high) and past DIM.
+def load_rows(base, row, stride, there, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """COUNT rows from `row` on and columns [START, START + BLOCK) of a matrix; zeros past DIM and where not `there`.
 
-    `stride` is that of neighbours in the sequence. With CHECK false all rows lie between low and high.
+    `stride` is that of neighbours in the sequence; `there` is a mask of the rows, or None: all of them.
     """
     n = tl.arange(0, COUNT)
     d = START + tl.arange(0, BLOCK)
     # The tile's start may lie past 2^31 elements; what is inside a tile does not.
     pointers = base + tl.cast(row, tl.int64) * stride + n[:, None] * stride + d[None, :]
-    there = ((row + n >= low) & (row + n < high))[:, None]
-    if CHECK:
-        if START + BLOCK > DIM:
-            tile = tl.load(pointers, mask=there & (d < DIM)[None, :], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=there, other=0.0)
-    else:
-        if START + BLOCK > DIM:
+    if START + BLOCK > DIM:
+        if there is None:
             tile = tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)
         else:
+            tile = tl.load(pointers, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+    else:
+        if there is None:
             tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=there[:, None], other=0.0)
     return tile
 
 
