@@ -50,7 +50,9 @@ class Kept(Generic[Value]):
         return entry.value
 
     def _make(self, key: Hashable, device: torch.device, make: Callable[[], Value]) -> Value:
-        value = make()
+        # An inference tensor could not be saved for a later backward; the user's default device may be another one.
+        with torch.inference_mode(False), torch.device("cpu"):
+            value = make()
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         entry = _Entry(value, stream, stream.record_event() if stream else None)
         with self._lock:
@@ -79,6 +81,5 @@ class _Entry(NamedTuple):
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """The numbers as an int32 tensor on the device, without waiting for it."""
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

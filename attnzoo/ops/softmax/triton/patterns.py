@@ -65,8 +65,16 @@ def reasons(mask: Mask) -> list[str]:
     """Why kernels cannot evaluate the mask: one for each pattern in it that is not of `attnzoo.masks`."""
     if type(mask) not in _LOWERED:
         return [f"cannot evaluate mask {mask.pattern!r} in a kernel"]
-    parts = mask.masks if isinstance(mask, PerHead) else vars(mask).values()
-    return [reason for part in parts if isinstance(part, Mask) for reason in reasons(part)]
+    return list(dict.fromkeys(reason for part in _parts(mask) for reason in reasons(part)))
+
+
+def classes_of(mask: Mask) -> tuple[list[Mask], list[int]]:
+    """The different masks that a mask's heads have, and which of them each head has; [0] if it is for any number."""
+    if mask.heads is None:
+        return [mask], [0]
+    classes: dict[tuple[int, ...], int] = {}
+    number = [classes.setdefault(key, len(classes)) for key in zip(*_differences(mask), strict=True)]
+    return [mask.head(number.index(each)) for each in classes.values()], number
 
 
 _PATTERNS: Kept[Pattern] = Kept(64)
@@ -74,11 +82,27 @@ _PATTERNS: Kept[Pattern] = Kept(64)
 
 def _lower(mask: Mask, k_len: int, device: torch.device) -> Pattern:
     tables = _Tables()
-    if mask.heads is None:
-        program = _program(mask, k_len, tables)
+    classes, class_of_head = classes_of(mask)
+    if len(classes) == 1:
+        program = _program(classes[0], k_len, tables)
     else:
-        program = _per_head([mask.head(number) for number in range(mask.heads)], k_len, tables)
+        program = _per_head(classes, class_of_head, k_len, tables)
     return Pattern(program, upload(tables.written(), device))
+
+
+def _parts(mask: Mask) -> list[Mask]:
+    """The masks that a mask is made of."""
+    if isinstance(mask, PerHead):
+        return list(mask.masks)
+    return [value for value in vars(mask).values() if isinstance(value, Mask)]
+
+
+def _differences(mask: Mask) -> list[list[int]]:
+    """For each `PerHead` in a mask, numbers that tell the heads' masks apart, one a head."""
+    if isinstance(mask, PerHead):
+        numbers: dict[Mask, int] = {}
+        return [[numbers.setdefault(part, len(numbers)) for part in mask.masks]]
+    return [each for part in _parts(mask) for each in _differences(part)]
 
 
 class _Tables:
@@ -119,17 +143,16 @@ class _Tables:
         return np.concatenate([head.ravel(), *self._data])
 
 
-def _per_head(masks: list[Mask], length: int, tables: _Tables) -> Program:
+def _per_head(classes: list[Mask], class_of_head: list[int], length: int, tables: _Tables) -> Program:
     """Slot 0 leads each head to its program and its tables."""
     tables.reserve()
     programs: dict[Program, int] = {}
-    known: dict[Mask, tuple[int, int]] = {}
-    for mask in masks:
-        if mask not in known:
-            tables.base = tables.num_slots
-            program = _program(mask, length, tables)
-            known[mask] = programs.setdefault(program, len(programs)), tables.base
-    tables.fill(np.array([known[mask] for mask in masks]).ravel())
+    ways = []
+    for each in classes:
+        tables.base = tables.num_slots
+        program = _program(each, length, tables)
+        ways.append((programs.setdefault(program, len(programs)), tables.base))
+    tables.fill(np.array(ways)[class_of_head].ravel())
     return "per_head", tuple(programs)
 
 

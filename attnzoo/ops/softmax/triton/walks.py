@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.masks import Mask, Tile
 from attnzoo.ops.softmax.triton.kept import Kept, upload
+from attnzoo.ops.softmax.triton.patterns import classes_of
 
 AT_ONCE = 1 << 20  # tiles that are judged in one step, to bound the memory that it takes
 
@@ -33,37 +34,31 @@ def rows(mask: Mask, q_heads: int, q_len: int, k_len: int, block_q: int, block_k
     Raises:
         RuntimeError: if it has to be made while a CUDA graph is captured.
     """
-    sizes = _Sizes(q_len, k_len, block_q, block_k)
+    sizes = (q_len, k_len, block_q, block_k)
     return _WALKS.get((mask.text, sizes, "rows"), device, lambda: _walk(mask, sizes, device))
 
 
 def columns(mask: Mask, q_heads: int, q_len: int, k_len: int, block_q: int, block_k: int, device: torch.device) -> Walk:
     """For each tile of keys its tiles of queries, as `rows`."""
-    sizes = _Sizes(q_len, k_len, block_q, block_k)
+    sizes = (q_len, k_len, block_q, block_k)
     return _WALKS.get((mask.text, sizes, "columns"), device, lambda: _walk(mask, sizes, device, turned=True))
 
 
-class _Sizes(NamedTuple):
-    q_len: int
-    k_len: int
-    block_q: int
-    block_k: int
-
+_Sizes = tuple[int, int, int, int]  # q_len, k_len, block_q, block_k
 
 _WALKS: Kept[Walk] = Kept(128)
 _MAPS: Kept[list[np.ndarray]] = Kept(4)  # on the host: one direction leaves them to the other
 
 
 def _walk(mask: Mask, sizes: _Sizes, device: torch.device, turned: bool = False) -> Walk:
-    heads = [mask.head(number) for number in range(mask.heads or 1)]
-    classes = {head: number for number, head in enumerate(dict.fromkeys(heads))}
+    classes, class_of_head = classes_of(mask)
     maps = _MAPS.get((mask.text, sizes), torch.device("cpu"), lambda: [_kinds(each, sizes) for each in classes])
     walked = [_visited(part) for kinds in maps for part in _parts(np.ascontiguousarray(kinds.T) if turned else kinds)]
     counts = np.concatenate([np.zeros((0, 2), dtype=np.int64), *(counts for counts, _ in walked)])
     visited = np.concatenate([np.zeros(0, dtype=np.int64), *(tiles for _, tiles in walked)])
     ends = np.cumsum([0, *counts.sum(axis=1)])
-    class_of_head = np.array([classes[head] for head in heads])
-    starts, partial, tiles, head_class = _upload_all([ends, counts[:, 0], visited, class_of_head], device)
+    parts = [ends, counts[:, 0], visited, np.array(class_of_head)]
+    starts, partial, tiles, head_class = _upload_all(parts, device)
     return Walk(starts, partial, tiles, head_class if len(classes) > 1 else None)
 
 
