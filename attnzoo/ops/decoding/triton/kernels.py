@@ -67,88 +67,94 @@ def decode_kernel(
     else:
         fresh = length
     low, high = split_of(first, tl.minimum(last, fresh), i_split, splits, SPLIT, BLOCK_N)
+    before, whole, total = whole_tiles(low, high, first, start, Q_LEN, back, ahead, BLOCK_N)
 
     b_max = tl.full([BLOCK_M], DEAD, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_qsum = tl.sum(b_q.to(tl.float32), 1) if QUANT > 1 else None
     head = i_head.to(tl.int64)
+    K += head * k_head
+    V += head * v_head
+    s_block = k_heads * size  # scales are dense
     if PAGE > 0:
-        K += head * k_head
-        V += head * v_head
+        block = tl.zeros([], tl.int64)
         TABLE += row * table_width
     else:
-        K += row * k_block + head * k_head
-        V += row * v_block + head * v_head
-    s_block = k_heads * size  # scales are dense
+        block = row
+    k_scale, k_offset, v_scale, v_offset = None, None, None, None
     if QUANT > 0:
-        s_base = head * size
-        if PAGE == 0:
-            s_base += row * s_block
-        K_SCALE += s_base
-        V_SCALE += s_base
+        K_SCALE += head * size
+        V_SCALE += head * size
     if QUANT > 1:
-        K_OFFSET += s_base
-        V_OFFSET += s_base
-        b_qsum = tl.sum(b_q.to(tl.float32), 1)
+        K_OFFSET += head * size
+        V_OFFSET += head * size
 
-    for n0 in range(low, high, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)  # positions
-        live = n < high
+    # Tiles that all queries see whole: no masks. Where a tile is one piece of memory, it has one base address.
+    LOOSE: tl.constexpr = RING or (PAGE > 0 and PAGE < BLOCK_N)
+    o_n = tl.arange(0, BLOCK_N)
+    slot = o_n
+    if PAGE > 0 and not LOOSE:
+        block = tl.load(TABLE + (low + before * BLOCK_N) // PAGE, mask=whole > 0, other=0).to(tl.int64)
+    for i_n in range(before, before + whole):
+        n0 = low + i_n * BLOCK_N
+        if LOOSE:
+            n = n0 + o_n
+            if PAGE > 0:
+                block, slot = tl.load(TABLE + n // PAGE).to(tl.int64), n % PAGE
+            else:
+                slot = n % size
+            k_at, v_at, s_at = block * k_block, block * v_block, block * s_block
+        else:
+            at = (n0 % PAGE if PAGE > 0 else n0).to(tl.int64)
+            k_at, v_at, s_at = block * k_block + at * k_token, block * v_block + at * v_token, block * s_block + at
+            if PAGE > 0:  # the next tile's page, so that no tile waits for it
+                block = tl.load(TABLE + tl.minimum(n0 + BLOCK_N, high - 1) // PAGE).to(tl.int64)
+        b_k = load_vectors(K, k_at, slot, k_token, o_d, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        if QUANT > 0:
+            k_scale, v_scale = tl.load(K_SCALE + s_at + slot), tl.load(V_SCALE + s_at + slot)
+        if QUANT > 1:
+            k_offset, v_offset = tl.load(K_OFFSET + s_at + slot), tl.load(V_OFFSET + s_at + slot)
+        b_v = load_vectors(V, v_at, slot, v_token, o_dv, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
+        b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
+
+    for i_n in tl.range(0, total - whole, num_stages=1):  # tiles at the edges
+        n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
+        live = (n >= first) & (n < high)
         if PAGE > 0:
-            page = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64)
-            slot = n % PAGE
-            k_at = page * k_block + slot * k_token
-            v_at = page * v_block + slot * v_token
-            s_at = page * s_block + slot
+            block, slot = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
+            k_at, v_at, s_at = block * k_block, block * v_block, block * s_block
         else:
-            if RING:
-                slot = (n % size).to(tl.int64)
-            else:
-                slot = n.to(tl.int64)
-            k_at = slot * k_token
-            v_at = slot * v_token
-            s_at = slot
-        b_k = load_vectors(K, k_at, o_d, live, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+            slot = (n % size if RING else n).to(tl.int64)
+            k_at, v_at, s_at = row * k_block, row * v_block, row * s_block
+        b_k = load_vectors(K, k_at, slot, k_token, o_d, live, D, BLOCK_D)
+        b_v = load_vectors(V, v_at, slot, v_token, o_dv, live, DV, BLOCK_DV)
         if QUANT > 0:
-            b_s *= tl.load(K_SCALE + s_at, mask=live, other=0.0)[None, :]
+            k_scale = tl.load(K_SCALE + s_at + slot, mask=live, other=0.0)
+            v_scale = tl.load(V_SCALE + s_at + slot, mask=live, other=0.0)
         if QUANT > 1:
-            b_s += b_qsum[:, None] * tl.load(K_OFFSET + s_at, mask=live, other=0.0)[None, :]
-        b_p, b_max, b_sum, shrink = softmax_step(
-            b_s, b_max, b_sum, b_query, n, live, back, ahead, scale, softcap, SOFTCAP
-        )
-        b_v = load_vectors(V, v_at, o_dv, live, DV, BLOCK_DV)
-        b_acc *= shrink[:, None]
-        if QUANT > 1:
-            b_acc += tl.sum(b_p * tl.load(V_OFFSET + s_at, mask=live, other=0.0)[None, :], 1)[:, None]
-        if QUANT > 0:
-            v_scale = tl.load(V_SCALE + s_at, mask=live, other=0.0)
-            if b_q.dtype == tl.float16:  # products with small scales would leave its range
-                largest = tl.max(v_scale)
-                b_p *= (v_scale / tl.where(largest > 0, largest, 1.0))[None, :]
-                b_acc += largest * tl.dot(b_p.to(tl.float16), b_v.to(tl.float16))
-            else:
-                b_p *= v_scale[None, :]
-                b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision=PRECISION)
-        else:
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+            k_offset = tl.load(K_OFFSET + s_at + slot, mask=live, other=0.0)
+            v_offset = tl.load(V_OFFSET + s_at + slot, mask=live, other=0.0)
+        b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
+        b_s = hide(b_s, b_query, n, live, back, ahead)
+        b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
 
     if RECENT:  # the last split reads the newest tokens too
         low = tl.where(i_split == splits - 1, tl.maximum(first, fresh), last)
         RECENT_K += (row * k_heads + head) * recent_size * D
         RECENT_V += (row * k_heads + head) * recent_size * DV
-        for n0 in range(low, last, BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)
+        for n0 in tl.range(low, last, BLOCK_N, num_stages=1):
+            n = n0 + o_n
             live = n < last
-            slot = (n % recent_size).to(tl.int64)
-            b_k = load_vectors(RECENT_K, slot * D, o_d, live, D, BLOCK_D)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_p, b_max, b_sum, shrink = softmax_step(
-                b_s, b_max, b_sum, b_query, n, live, back, ahead, scale, softcap, SOFTCAP
-            )
-            b_v = load_vectors(RECENT_V, slot * DV, o_dv, live, DV, BLOCK_DV)
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * shrink[:, None], input_precision=PRECISION)
+            slot = n % recent_size
+            b_k = load_vectors(RECENT_K, row * 0, slot, D, o_d, live, D, BLOCK_D)
+            b_v = load_vectors(RECENT_V, row * 0, slot, DV, o_dv, live, DV, BLOCK_DV)
+            b_s = scores(b_q, b_k, None, None, None, scale, softcap, SOFTCAP, 0, PRECISION)
+            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_max, b_sum, b_acc = attend(b_s, b_v, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)
 
+    b_sum = tl.where(b_query > NOWHERE, b_sum, 0.0)
     head_at = i_head * GROUP + m // Q_LEN
     out_at = (row * heads + head_at) * Q_LEN + m % Q_LEN
     if not SPLIT and SINKS is not None:
@@ -167,39 +173,101 @@ def seen_keys(start, length, Q_LEN: tl.constexpr, back, ahead):
 
 @triton.jit
 def split_of(first, last, i_split, splits, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The part of the keys that split `i_split` walks, in whole tiles."""
+    """The part of the keys that split `i_split` walks; tiles begin at multiples of BLOCK_N."""
+    low = first // BLOCK_N * BLOCK_N
     if not SPLIT:
-        return first, last
-    each = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), splits), BLOCK_N) * BLOCK_N
-    low = first + i_split * each
+        return low, last
+    each = tl.cdiv(tl.cdiv(tl.maximum(last - low, 0), splits), BLOCK_N) * BLOCK_N
+    low += i_split * each
     return low, tl.minimum(low + each, last)
 
 
 @triton.jit
-def load_vectors(BASE, at, o_d, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors `[BLOCK_N, BLOCK_D]` that begin at the offsets `at`; zeros where there is no token or no dimension."""
-    if BLOCK_D == D:
-        mask = live[:, None]
-    else:
-        mask = live[:, None] & (o_d[None, :] < D)
-    return tl.load(BASE + at[:, None] + o_d[None, :], mask=mask, other=0.0)
+def whole_tiles(low, high, first, start, Q_LEN: tl.constexpr, back, ahead, BLOCK_N: tl.constexpr):
+    """Tiles of `low, ..., high - 1`: how many precede those that all queries see whole, how many these are, all."""
+    total = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
+    seen_low = tl.maximum(first, start + Q_LEN - back)
+    seen_high = tl.minimum(high, start + ahead + 1)
+    before = tl.minimum(tl.cdiv(tl.maximum(seen_low - low, 0), BLOCK_N), total)
+    whole = tl.maximum(tl.maximum(seen_high - low, 0) // BLOCK_N - before, 0)
+    return before, whole, total
 
 
 @triton.jit
-def softmax_step(b_s, b_max, b_sum, b_query, n, live, back, ahead, scale, softcap, SOFTCAP: tl.constexpr):
-    """A step of the running softmax: weights `[BLOCK_M, BLOCK_N]`, new maxima and sums, factor of what came before."""
-    if SOFTCAP:
-        b_s = softcap * LOG2E * tanh(b_s * (scale / softcap))
+def load_vectors(BASE, at, slot, stride, o_d, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Vectors `[BLOCK_N, BLOCK_D]` at `at + slot * stride`; zeros where there is no token or no dimension.
+
+    `at` is one number or `[BLOCK_N]`, `live [BLOCK_N]` says where there is a token; None: everywhere.
+    """
+    if len(at.shape) > 0:
+        rows = BASE + (at + slot * stride)[:, None] + o_d[None, :]
     else:
-        b_s = b_s * (scale * LOG2E)
+        rows = (BASE + at) + ((slot * stride)[:, None] + o_d[None, :])
+    if live is None:
+        if BLOCK_D == D:
+            return tl.load(rows)
+        return tl.load(rows, mask=(o_d < D)[None, :], other=0.0)
+    if BLOCK_D == D:
+        return tl.load(rows, mask=live[:, None], other=0.0)
+    return tl.load(rows, mask=live[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def scores(
+    b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap,
+    SOFTCAP: tl.constexpr, QUANT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores `[BLOCK_M, BLOCK_N]` in units of log 2."""
+    b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+    if QUANT > 1:
+        b_s = b_s * k_scale[None, :] + b_qsum[:, None] * k_offset[None, :]
+    elif QUANT > 0 and SOFTCAP:
+        b_s = b_s * k_scale[None, :]
+    if SOFTCAP:
+        return softcap * LOG2E * tanh(b_s * (scale / softcap))
+    if QUANT == 1:
+        return b_s * (k_scale * (scale * LOG2E))[None, :]
+    return b_s * (scale * LOG2E)
+
+
+@triton.jit
+def hide(b_s, b_query, n, live, back, ahead):
+    """Scores with those of keys that are not seen dead."""
     distance = b_query[:, None] - n[None, :]
     visible = live[None, :] & (distance < back) & (distance >= -ahead) & (b_query > NOWHERE)[:, None]
-    b_s = tl.where(visible, b_s, DEAD)
+    return tl.where(visible, b_s, DEAD)
+
+
+@triton.jit
+def soften(b_s, b_max, b_sum):
+    """A step of the running softmax: weights `[BLOCK_M, BLOCK_N]`, new maxima and sums, factor of what came before."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_safe = tl.where(b_new == DEAD, 0.0, b_new)
     b_p = tl.exp2(b_s - b_safe[:, None])
     shrink = tl.exp2(b_max - b_safe)
     return b_p, b_new, b_sum * shrink + tl.sum(b_p, 1), shrink
+
+
+@triton.jit
+def attend(
+    b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, dtype: tl.constexpr, QUANT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The running maxima, sums and outputs after one more tile."""
+    b_p, b_max, b_sum, shrink = soften(b_s, b_max, b_sum)
+    b_acc *= shrink[:, None]
+    if QUANT > 1:
+        b_acc += tl.sum(b_p * v_offset[None, :], 1)[:, None]
+    if QUANT > 0:
+        if dtype == tl.float16:  # products with small scales would leave its range
+            largest = tl.max(v_scale)
+            b_p *= (v_scale / tl.where(largest > 0, largest, 1.0))[None, :]
+            b_acc += largest * tl.dot(b_p.to(dtype), b_v.to(dtype))
+        else:
+            b_p *= v_scale[None, :]
+            b_acc = tl.dot(b_p.to(dtype), b_v.to(dtype), b_acc, input_precision=PRECISION)
+    else:
+        b_acc = tl.dot(b_p.to(dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_max, b_sum, b_acc
 
 
 @triton.jit

@@ -11,12 +11,15 @@ import triton.language as tl
 
 from attnzoo.ops.decoding.triton.kernels import (
     DEAD,
+    LOG2E,
     NOWHERE,
+    attend,
+    hide,
     load_vectors,
     seen_keys,
-    softmax_step,
     split_of,
     store_part,
+    whole_tiles,
 )
 
 
@@ -58,10 +61,10 @@ def latent_kernel(
     real = m < HEADS * Q_LEN
     query = start + m % Q_LEN  # positions
     b_query = tl.where(real & (query < length), query, NOWHERE)  # a query past the end of its row sees nothing
-    q_at = row * q_batch + (m // Q_LEN).to(tl.int64) * q_head + (m % Q_LEN) * q_token
-    p_at = row * p_batch + (m // Q_LEN).to(tl.int64) * p_head + (m % Q_LEN) * p_token
-    b_q = load_vectors(Q, q_at, o_r, real, RANK, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-    b_qp = load_vectors(Q_ROPE, p_at, o_p, real, ROPE, BLOCK_P)  # [BLOCK_M, BLOCK_P]
+    q_at = row * q_batch + (m // Q_LEN).to(tl.int64) * q_head
+    p_at = row * p_batch + (m // Q_LEN).to(tl.int64) * p_head
+    b_q = load_vectors(Q, q_at, m % Q_LEN, q_token, o_r, real, RANK, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+    b_qp = load_vectors(Q_ROPE, p_at, m % Q_LEN, p_token, o_p, real, ROPE, BLOCK_P)  # [BLOCK_M, BLOCK_P]
 
     first, last = seen_keys(start, length, Q_LEN, back, ahead)
     if RING:
@@ -71,86 +74,106 @@ def latent_kernel(
     else:
         fresh = length
     low, high = split_of(first, tl.minimum(last, fresh), i_split, splits, SPLIT, BLOCK_N)
+    before, whole, total = whole_tiles(low, high, first, start, Q_LEN, back, ahead, BLOCK_N)
 
     b_max = tl.full([BLOCK_M], DEAD, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    c_scale, c_offset, r_scale, r_offset = None, None, None, None
+    b_qsum = tl.sum(b_q.to(tl.float32), 1) if QUANT > 1 else None
+    b_psum = tl.sum(b_qp.to(tl.float32), 1) if QUANT > 1 else None
     if PAGE > 0:
+        block = tl.zeros([], tl.int64)
         TABLE += row * table_width
     else:
-        C += row * c_block
-        R += row * r_block
-        if QUANT > 0:
-            C_SCALE += row * size
-            R_SCALE += row * size
-        if QUANT > 1:
-            C_OFFSET += row * size
-            R_OFFSET += row * size
-    if QUANT > 1:
-        b_qsum, b_qpsum = tl.sum(b_q.to(tl.float32), 1), tl.sum(b_qp.to(tl.float32), 1)
+        block = row
 
-    for n0 in range(low, high, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)  # positions
-        live = n < high
+    # Tiles that all queries see whole: no masks. Where a tile is one piece of memory, it has one base address.
+    LOOSE: tl.constexpr = RING or (PAGE > 0 and PAGE < BLOCK_N)
+    o_n = tl.arange(0, BLOCK_N)
+    slot = o_n
+    if PAGE > 0 and not LOOSE:
+        block = tl.load(TABLE + (low + before * BLOCK_N) // PAGE, mask=whole > 0, other=0).to(tl.int64)
+    for i_n in range(before, before + whole):
+        n0 = low + i_n * BLOCK_N
+        if LOOSE:
+            n = n0 + o_n
+            if PAGE > 0:
+                block, slot = tl.load(TABLE + n // PAGE).to(tl.int64), n % PAGE
+            else:
+                slot = n % size
+            c_at, r_at, s_at = block * c_block, block * r_block, block * size
+        else:
+            at = (n0 % PAGE if PAGE > 0 else n0).to(tl.int64)
+            c_at, r_at, s_at = block * c_block + at * c_token, block * r_block + at * r_token, block * size + at
+            if PAGE > 0:  # the next tile's page, so that no tile waits for it
+                block = tl.load(TABLE + tl.minimum(n0 + BLOCK_N, high - 1) // PAGE).to(tl.int64)
+        b_r = load_vectors(R, r_at, slot, r_token, o_p, None, ROPE, BLOCK_P)  # [BLOCK_N, BLOCK_P]
+        b_c = load_vectors(C, c_at, slot, c_token, o_r, None, RANK, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+        if QUANT > 0:
+            c_scale, r_scale = tl.load(C_SCALE + s_at + slot), tl.load(R_SCALE + s_at + slot)
+        if QUANT > 1:
+            c_offset, r_offset = tl.load(C_OFFSET + s_at + slot), tl.load(R_OFFSET + s_at + slot)
+        b_c = b_c.to(b_q.dtype)
+        b_s = joint_scores(
+            b_q, b_qp, b_c, b_r, c_scale, r_scale, c_offset, r_offset, b_qsum, b_psum, scale, QUANT, PRECISION
+        )
+        b_max, b_sum, b_acc = attend(b_s, b_c, c_scale, c_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
+
+    for i_n in tl.range(0, total - whole, num_stages=1):  # tiles at the edges
+        n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
+        live = (n >= first) & (n < high)
         if PAGE > 0:
-            page = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64)
-            slot = n % PAGE
-            c_at = page * c_block + slot * c_token
-            r_at = page * r_block + slot * r_token
-            s_at = page * size + slot
+            block, slot = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
+            c_at, r_at, s_at = block * c_block, block * r_block, block * size
         else:
-            if RING:
-                slot = (n % size).to(tl.int64)
-            else:
-                slot = n.to(tl.int64)
-            c_at = slot * c_token
-            r_at = slot * r_token
-            s_at = slot
-        b_c = load_vectors(C, c_at, o_r, live, RANK, BLOCK_R).to(b_q.dtype)  # [BLOCK_N, BLOCK_R]
-        b_r = load_vectors(R, r_at, o_p, live, ROPE, BLOCK_P).to(b_q.dtype)  # [BLOCK_N, BLOCK_P]
+            slot = (n % size if RING else n).to(tl.int64)
+            c_at, r_at, s_at = row * c_block, row * r_block, row * size
+        b_r = load_vectors(R, r_at, slot, r_token, o_p, live, ROPE, BLOCK_P)
+        b_c = load_vectors(C, c_at, slot, c_token, o_r, live, RANK, BLOCK_R).to(b_q.dtype)
         if QUANT > 0:
-            c_scale = tl.load(C_SCALE + s_at, mask=live, other=0.0)
-            r_scale = tl.load(R_SCALE + s_at, mask=live, other=0.0)
-            b_s = tl.dot(b_qp, tl.trans(b_r), input_precision=PRECISION) * r_scale[None, :]
-            b_s += tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION) * c_scale[None, :]
-        else:
-            b_s = tl.dot(b_qp, tl.trans(b_r), input_precision=PRECISION)
-            b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+            c_scale = tl.load(C_SCALE + s_at + slot, mask=live, other=0.0)
+            r_scale = tl.load(R_SCALE + s_at + slot, mask=live, other=0.0)
         if QUANT > 1:
-            c_offset = tl.load(C_OFFSET + s_at, mask=live, other=0.0)
-            r_offset = tl.load(R_OFFSET + s_at, mask=live, other=0.0)
-            b_s += b_qsum[:, None] * c_offset[None, :] + b_qpsum[:, None] * r_offset[None, :]
-        b_p, b_max, b_sum, shrink = softmax_step(b_s, b_max, b_sum, b_query, n, live, back, ahead, scale, 0.0, False)
-        b_acc *= shrink[:, None]
-        if QUANT > 1:
-            b_acc += tl.sum(b_p * c_offset[None, :], 1)[:, None]
-        if QUANT > 0:
-            if b_q.dtype == tl.float16:  # products with small scales would leave its range
-                largest = tl.max(c_scale)
-                b_p *= (c_scale / tl.where(largest > 0, largest, 1.0))[None, :]
-                b_acc += largest * tl.dot(b_p.to(tl.float16), b_c)
-            else:
-                b_p *= c_scale[None, :]
-                b_acc = tl.dot(b_p.to(b_q.dtype), b_c, b_acc, input_precision=PRECISION)
-        else:
-            b_acc = tl.dot(b_p.to(b_q.dtype), b_c, b_acc, input_precision=PRECISION)
+            c_offset = tl.load(C_OFFSET + s_at + slot, mask=live, other=0.0)
+            r_offset = tl.load(R_OFFSET + s_at + slot, mask=live, other=0.0)
+        b_s = joint_scores(
+            b_q, b_qp, b_c, b_r, c_scale, r_scale, c_offset, r_offset, b_qsum, b_psum, scale, QUANT, PRECISION
+        )
+        b_s = hide(b_s, b_query, n, live, back, ahead)
+        b_max, b_sum, b_acc = attend(b_s, b_c, c_scale, c_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
 
     if RECENT:  # the last split reads the newest tokens too
         low = tl.where(i_split == splits - 1, tl.maximum(first, fresh), last)
         RECENT_C += row * recent_size * RANK
         RECENT_R += row * recent_size * ROPE
-        for n0 in range(low, last, BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)
+        for n0 in tl.range(low, last, BLOCK_N, num_stages=1):
+            n = n0 + o_n
             live = n < last
-            slot = (n % recent_size).to(tl.int64)
-            b_c = load_vectors(RECENT_C, slot * RANK, o_r, live, RANK, BLOCK_R)
-            b_r = load_vectors(RECENT_R, slot * ROPE, o_p, live, ROPE, BLOCK_P)
-            b_s = tl.dot(b_qp, tl.trans(b_r), input_precision=PRECISION)
-            b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
-            b_p, b_max, b_sum, shrink = softmax_step(
-                b_s, b_max, b_sum, b_query, n, live, back, ahead, scale, 0.0, False
-            )
-            b_acc = tl.dot(b_p.to(b_q.dtype), b_c, b_acc * shrink[:, None], input_precision=PRECISION)
+            slot = n % recent_size
+            b_r = load_vectors(RECENT_R, row * 0, slot, ROPE, o_p, live, ROPE, BLOCK_P)
+            b_c = load_vectors(RECENT_C, row * 0, slot, RANK, o_r, live, RANK, BLOCK_R)
+            b_s = joint_scores(b_q, b_qp, b_c, b_r, None, None, None, None, None, None, scale, 0, PRECISION)
+            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_max, b_sum, b_acc = attend(b_s, b_c, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)
 
+    b_sum = tl.where(b_query > NOWHERE, b_sum, 0.0)
     out_at = (row * HEADS + m // Q_LEN) * Q_LEN + m % Q_LEN
     store_part(b_acc, b_max, b_sum, OUT, PART, LSE, out_at, i_split, o_r, real, splits, SPLIT, RANK)
+
+
+@triton.jit
+def joint_scores(
+    b_q, b_qp, b_c, b_r, c_scale, r_scale, c_offset, r_offset, b_qsum, b_psum, scale,
+    QUANT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores `[BLOCK_M, BLOCK_N]` of latents and rope keys together, in units of log 2."""
+    b_s = tl.dot(b_qp, tl.trans(b_r.to(b_qp.dtype)), input_precision=PRECISION)
+    if QUANT > 0:
+        b_s *= r_scale[None, :]
+        b_s += tl.dot(b_q, tl.trans(b_c), input_precision=PRECISION) * c_scale[None, :]
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
+    if QUANT > 1:
+        b_s += b_qsum[:, None] * c_offset[None, :] + b_psum[:, None] * r_offset[None, :]
+    return b_s * (scale * LOG2E)
