@@ -173,7 +173,7 @@ def test_new_data_and_lengths_never_compile_a_kernel_again(mask: Mask, other: Ma
     again, others = lower(other, 2, 16, 16, DEVICE)
     assert program == again and hash(program) == hash(again)
     assert not torch.equal(tables, others)
-    assert lower(mask, 2, 5, 29, DEVICE).program == program
+    assert lower(mask, 2, 5, 2900, DEVICE).program == program
 
 
 def test_heads_that_differ_in_their_data_alone_share_a_program() -> None:
@@ -219,6 +219,7 @@ def test_a_mask_that_no_kernel_knows_is_refused_with_a_reason() -> None:
 def test_a_pattern_is_made_once() -> None:
     first = lower(Documents([0, 4, 9]), 2, 16, 16, DEVICE)
     assert lower(Documents(torch.tensor([0, 4, 9])), 2, 16, 16, DEVICE) is first
+    assert lower(Documents([0, 4, 9]), 2, 1, 17, DEVICE) is first  # and not for each length that a cache grows to
 
 
 def test_a_pattern_is_made_on_the_host_in_any_mode_and_can_be_saved_for_a_backward() -> None:
@@ -243,6 +244,22 @@ def test_nothing_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="before the capture"):
         lower(Documents([0, 7]), 2, 16, 16, torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_another_stream_waits_for_the_tables() -> None:
+    kept: Kept[tuple[torch.Tensor]] = Kept(1)
+
+    def slowly() -> tuple[torch.Tensor]:
+        torch.cuda._sleep(100_000_000)
+        return (torch.full((1024,), 5, device=DEVICE),)
+
+    kept.get(0, DEVICE, slowly)
+    with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+        (value,) = kept.get(0, DEVICE, slowly)
+        copy = value.clone()
+    torch.cuda.synchronize()
+    assert bool((copy == 5).all())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

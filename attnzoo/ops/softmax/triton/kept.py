@@ -45,7 +45,7 @@ class Kept(Generic[Value]):
                     "call attention once with this mask and these shapes before the capture"
                 )
             return self._make(key, device, make)
-        if on_gpu and not capturing:
+        if on_gpu and not capturing and entry.stream != _stream(device):
             entry.share_with(torch.cuda.current_stream(device))
         return entry.value
 
@@ -53,8 +53,9 @@ class Kept(Generic[Value]):
         # An inference tensor could not be saved for a later backward; the user's default device may be another one.
         with torch.inference_mode(False), torch.device("cpu"):
             value = make()
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        entry = _Entry(value, stream, stream.record_event() if stream else None)
+        entry = _Entry(value)
+        if device.type == "cuda":
+            entry = _Entry(value, _stream(device), torch.cuda.current_stream(device).record_event())
         with self._lock:
             self._entries[key] = entry
             while len(self._entries) > self._limit:
@@ -63,20 +64,24 @@ class Kept(Generic[Value]):
 
 
 class _Entry(NamedTuple):
-    """A value and the stream that fills its tensors."""
+    """A value, the stream that fills its tensors, and when it has."""
 
     value: Any
-    stream: torch.cuda.Stream | None = None
+    stream: int = 0
     filled: torch.cuda.Event | None = None
 
     def share_with(self, stream: torch.cuda.Stream) -> None:
         """Let another stream read the tensors: once they are filled, and before their memory is used again."""
-        if stream == self.stream or self.filled is None:
-            return
+        assert self.filled is not None
         stream.wait_event(self.filled)
         for part in self.value:
             if isinstance(part, Tensor):
                 part.record_stream(stream)
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream, as a number: found much faster than as an object."""
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

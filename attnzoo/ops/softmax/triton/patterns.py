@@ -58,7 +58,8 @@ def lower(mask: Mask, q_heads: int, q_len: int, k_len: int, device: torch.device
         RuntimeError: if it has to be made while a CUDA graph is captured.
     """
     # No table tells one negative position from another, so it does not matter how many queries there are.
-    return _PATTERNS.get((mask.text, k_len), device, lambda: _lower(mask, k_len, device))
+    reach = 1 << max(10, (k_len - 1).bit_length())  # so that not each new length asks for new tables
+    return _PATTERNS.get((mask.text, reach), device, lambda: _lower(mask, reach, device))
 
 
 def reasons(mask: Mask) -> list[str]:
@@ -80,13 +81,13 @@ def classes_of(mask: Mask) -> tuple[list[Mask], list[int]]:
 _PATTERNS: Kept[Pattern] = Kept(64)
 
 
-def _lower(mask: Mask, k_len: int, device: torch.device) -> Pattern:
+def _lower(mask: Mask, length: int, device: torch.device) -> Pattern:
     tables = _Tables()
     classes, class_of_head = classes_of(mask)
     if len(classes) == 1:
-        program = _program(classes[0], k_len, tables)
+        program = _program(classes[0], length, tables)
     else:
-        program = _per_head(classes, class_of_head, k_len, tables)
+        program = _per_head(classes, class_of_head, length, tables)
     return Pattern(program, upload(tables.written(), device))
 
 
