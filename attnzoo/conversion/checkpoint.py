@@ -66,7 +66,9 @@ def convert_checkpoint(
     config = read_json(folder / "config.json")
     shards, index = read_shards(folder)
     plan = make_plan(folder, config, shards, spec)
-    files = _files(folder)
+    files = {folder / path: path for path in _files(folder)}
+    if plan.holder.code is not None:
+        files[plan.holder.code.path] = Path(plan.holder.code.file)
     headers = sum(200 * len(shard.entries) + 4096 for shard in plan.shards)
     size = sum(shard.nbytes for shard in plan.shards) + headers + sum(path.stat().st_size for path in files)
     with whole_folder(out, overwrite=overwrite, size=size) as new:
@@ -76,10 +78,9 @@ def convert_checkpoint(
         if index is not None:
             _write_json(new / INDEX, _new_index(index, shards, plan.shards))
         _write_json(new / "config.json", recorded_config(plan, config, folder, method, seed))
-        for path in files:
-            target = new / path.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+        for path, inside in files.items():
+            (new / inside).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, new / inside)
     return out
 
 
@@ -93,13 +94,16 @@ def _source(source: str | Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
+    """What comes along as it is: paths inside the folder."""
+
     def carried(path: Path) -> bool:
         name = path.name.lower()
         known = path.suffix in _CARRIED or (name.startswith(_BY_NAME) and path.suffix != ".py")
         return path.is_file() and known and name not in _LEFT and not name.endswith(".index.json")
 
     templates = folder / _TEMPLATES
-    return sorted(filter(carried, [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]))
+    found = filter(carried, [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())])
+    return sorted(path.relative_to(folder) for path in found)
 
 
 def _write_shard(plan: Plan, shard: Shard, where: dict[str, Path], new: Path, method: str, seed: int) -> None:
@@ -149,7 +153,10 @@ def _numel(shards: list[Shard]) -> int:
 def recorded_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, seed: int) -> dict[str, Any]:
     """The plan's config.json with a record, under "attnzoo", of where the weights came from; `old` is the source's."""
     config = dict(plan.config)
-    if code := config.pop("auto_map", None):
+    code = config.pop("auto_map", None) or old.get("auto_map")
+    if plan.holder.code is not None:
+        config["auto_map"] = plan.holder.code.auto_map
+    if code and plan.family.code is None:
         warnings.warn(
             f"{folder} comes with model code of its own ({', '.join(sorted(code))}); it is left behind, and the "
             f"result is for the {plan.holder.model_type} class of transformers",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import overload
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from attnzoo.conversion import METHODS, ConversionError, Refusal, convert_checkpoint
 from attnzoo.conversion.checkpoint import recorded_config
+from attnzoo.conversion.families.code import Code
 from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.merge import check_method
 from attnzoo.conversion.plan import Plan, make_plan
@@ -120,16 +123,30 @@ def _convert_model(model: PreTrainedModel, spec: Spec | Sequence[Spec], method: 
     new_config = recorded_config(plan, config, name, method, seed)
     architecture = new_config["architectures"][0]
     model_type = new_config.pop("model_type")
-    cls = type(model) if architecture == type(model).__name__ else getattr(transformers, architecture)
+    if architecture == type(model).__name__:
+        cls, config_class = type(model), type(model.config)
+    elif plan.holder.code is not None:
+        cls, config_class = _classes(plan.holder.code, architecture)
+    else:
+        cls, config_class = getattr(transformers, architecture), CONFIG_MAPPING[model_type]
     new: PreTrainedModel = cls.from_pretrained(
         None,
-        config=AutoConfig.for_model(model_type, **new_config),
+        config=config_class(**new_config),
         state_dict=converted,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
     )
     _match(new, model, converted)
     return new
+
+
+def _classes(code: Code, architecture: str) -> tuple[type[PreTrainedModel], type[PreTrainedConfig]]:
+    """A model class of the code that lies beside the weights, and its config class; both are saved with that code."""
+    module = import_module(code.module)
+    cls, config_class = getattr(module, architecture), getattr(module, code.config)
+    cls.register_for_auto_class(next(auto for auto, name in code.classes.values() if name == architecture))
+    config_class.register_for_auto_class()
+    return cls, config_class
 
 
 def _converted(plan: Plan, state: dict[str, Tensor], method: str, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,10 @@ from attnzoo.specs import MLA, Linear, Spec
 Model = TypeVar("Model", bound=nn.Module)
 
 # Their layers are called in a way of their own, or do more than the layer that would take their place.
-_CONVERT_ONLY = frozenset({"cohere", "cohere2", "gpt_bigcode", "gptj", "olmo", "olmo2", "smollm3"})
+_CONVERT_ONLY = frozenset(
+    {"bloom", "cohere", "cohere2", "falcon", "gpt_bigcode", "gptj", "olmo", "olmo2", "opt", "smollm3", "t5"}
+    | {"bloom_gqa", "opt_gqa", "t5_gqa"}
+)
 
 
 def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:

@@ -1,7 +1,7 @@
 """Tiny random models of every family, as stock transformers builds them."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from attnzoo.conversion import merge_heads
@@ -44,17 +44,32 @@ CONFIGS = {
     "gpt2": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},
     "gpt_bigcode": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "multi_query": False},
     "gpt_neox": USUAL | {"rotary_pct": 0.25},
+    "falcon": USUAL | {"new_decoder_architecture": True, "num_kv_heads": 6, "bias": True},
+    "opt": USUAL | {"ffn_dim": 56, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 67, "hidden_size": 48, "n_layer": 2, "n_head": 6},
+    "t5": {
+        "vocab_size": 67,
+        "d_model": 48,
+        "d_kv": 10,
+        "d_ff": 56,
+        "num_layers": 3,  # fewer than the decoder's break the stock model's generate
+        "num_decoder_layers": 2,
+        "num_heads": 6,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "decoder_start_token_id": 0,
+    },
     "gptj": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "rotary_dim": 6},
 }
 
 # Whose own class has as many KV heads as query heads, or one.
-HELD_ELSEWHERE = ("gpt2", "gpt_bigcode", "gpt_neox", "gptj")
+HELD_ELSEWHERE = ("bloom", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "t5")
 
 
 def tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A random model whose every parameter is random, biases and norms too, so that none can be lost unseen."""
     config = CONFIG_MAPPING[model_type](**(CONFIGS[model_type] | TOKENS | changes))
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,4 +100,12 @@ def tokens(seed: int = 1, length: int = 17) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(tokens()).logits
+    decoded = {"decoder_input_ids": tokens(seed=2, length=11)} if model.config.is_encoder_decoder else {}
+    return model(tokens(), **decoded).logits
+
+
+@torch.no_grad()
+def generated(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """Five more tokens of each row, greedily."""
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**({"input_ids": tokens()} | inputs), **options)

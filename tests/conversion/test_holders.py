@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo.conversion import ConversionError, Refusal, convert_checkpoint
 from attnzoo.conversion.families import family_for
 from attnzoo.specs import GQA
-from tests.conversion.models import duplicate, logits, tiny, tokens
+from tests.conversion.models import duplicate, generated, logits, tiny, tokens
 from tests.conversion.test_checkpoint import load
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -35,8 +35,7 @@ def test_another_class_holds_what_duplicated_heads_compute(model_type, changes, 
     few = load(convert_checkpoint(tmp_path / "many", GQA(heads), tmp_path / "few"))
     assert type(few).__name__ == holder and few.config.num_key_value_heads == heads
     torch.testing.assert_close(logits(few), logits(model), **CLOSE)
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(few.generate(tokens(), **options), model.generate(tokens(), **options))
+    assert torch.equal(generated(few), generated(model))
     cache = few(tokens()).past_key_values
     assert cache.layers[0].keys.shape[1] == heads
     again = load(convert_checkpoint(tmp_path / "few", GQA(), tmp_path / "again"))

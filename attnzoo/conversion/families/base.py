@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.conversion.errors import ConversionError, Refusal
+from attnzoo.conversion.families.code import Code
 from attnzoo.conversion.rotary import Layout, Rotary
 from attnzoo.masks import Causal, Mask, SlidingWindow
 
@@ -80,6 +81,8 @@ class Family(ABC):
     varied: tuple[str, ...] = ()
     # Not weights: tables that old checkpoints store beside them. They are carried over as they are.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    # What lies beside the weights of models that no stock class holds.
+    code: Code | None = None
     # Whether one norm runs over the channels of all heads together, so that its statistics are theirs (OLMo2).
     joint_norm: bool = False
     # How RoPE pairs the dimensions of a head (None: there is none), and which part of them where no key says it.

@@ -1,4 +1,4 @@
-"""Families with one `query_key_value`, whose rows are, for each KV head, its query heads, then its key, then its value."""
+"""Families with one `query_key_value`: for each KV head the rows of its query heads, then its key, then its value."""
 
 from collections.abc import Mapping
 

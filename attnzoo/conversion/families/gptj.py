@@ -23,7 +23,7 @@ _PHI = {
 
 
 class GPTJ(Separate):
-    """`q_proj k_proj v_proj out_proj` without biases; pairs of neighbours are rotated, `rotary_dim` dimensions in all."""
+    """`q_proj k_proj v_proj out_proj` without biases; RoPE turns `rotary_dim` dimensions, in pairs of neighbours."""
 
     base = "transformer."
     attention = "h.{layer}.attn"

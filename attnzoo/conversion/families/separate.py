@@ -16,8 +16,7 @@ Norms = Literal["one", "each", "joint"]
 class Separate(Family):
     """`q_proj k_proj v_proj` and an output, `[out, in]` each, biases and norms of q and k where the model has them.
 
-    `kv_heads` and `head_dim` are what the config class takes for absent keys; `divided`, whether it ignores head_dim.
-    `norms`: one norm for all heads, one for
+    `kv_heads` and `head_dim` are what the config class takes for absent keys. `norms`: one norm for all heads, one for
     each, or one over the channels of all heads together; `always` whether every model has them. `window` is how the
     config spells sliding windows, `switch` whether it has a `use_sliding_window` besides. `unrotated` names the
     layers without RoPE: a config key with a list, its value for them, and the key of their interval where it is absent.
@@ -29,11 +28,11 @@ class Separate(Family):
         *,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        divided: bool = False,
         norms: Norms | None = None,
         always: bool = True,
         window: Window | None = None,
         switch: bool = False,
+        projection: str = "{part}_proj",
         output: str = "o_proj",
         final_norm: str | None = "norm.weight",
         rope: Layout | None = "half",
@@ -43,10 +42,11 @@ class Separate(Family):
     ) -> None:
         self.model_type = model_type
         self.rope, self.rotated, self._unrotated = rope, rotated, unrotated
-        self.output, self.varied, self._divided = output, varied, divided
+        self.output, self.varied = output, varied
         self._kv_heads, self._head_dim, self._window, self._switch = kv_heads, head_dim, window, switch
         self.outside = tuple(filter(None, ("embed_tokens.weight", final_norm)))
-        layers = ("q_proj", "k_proj", "v_proj", output)
+        self.projections = {part: projection.format(part=part) for part in "qkv"}
+        layers = (*self.projections.values(), output)
         self.norms, self.joint_norm = norms, norms == "joint"
         names = ("q_norm.weight", "k_norm.weight") if norms else ()
         self.required = (*(f"{layer}.weight" for layer in layers), *(names if always else ()))
@@ -64,8 +64,6 @@ class Separate(Family):
     def geometry(self, config: Config) -> Geometry:
         if config.get("qk_layernorm"):
             raise ConversionError(f"{self.model_type} with qk_layernorm=true is not supported; only without it")
-        if self._divided:
-            config = {key: value for key, value in config.items() if key != "head_dim"}
         return stock_geometry(config, self._kv_heads, self._head_dim)
 
     def split(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> Projections:
@@ -73,9 +71,10 @@ class Separate(Family):
         dim, d = geometry.dim, geometry.head_dim
         parts = {}
         for part, heads in (("q", geometry.num_heads), ("k", geometry.num_kv_heads), ("v", geometry.num_kv_heads)):
-            parts[part] = shaped(tensors, f"{part}_proj.weight", heads, d, dim)
-            if f"{part}_proj.bias" in tensors:
-                parts[f"{part}_bias"] = shaped(tensors, f"{part}_proj.bias", heads, d)
+            name = self.projections[part]
+            parts[part] = shaped(tensors, f"{name}.weight", heads, d, dim)
+            if f"{name}.bias" in tensors:
+                parts[f"{part}_bias"] = shaped(tensors, f"{name}.bias", heads, d)
         o = f"{self.output}.weight"
         parts["o"] = shaped(tensors, o, dim, geometry.num_heads, d, stored=(dim, geometry.num_heads * d))
         if f"{self.output}.bias" in tensors:
@@ -90,11 +89,12 @@ class Separate(Family):
 
     def join(self, projections: Projections, geometry: Geometry) -> dict[str, Tensor]:
         p = projections
-        tensors = {f"{part}_proj.weight": getattr(p, part).flatten(0, 1).contiguous() for part in "qkv"}
+        names = self.projections.items()
+        tensors = {f"{name}.weight": getattr(p, part).flatten(0, 1).contiguous() for part, name in names}
         tensors |= {f"{self.output}.weight": p.o.flatten(1, 2).contiguous()}
-        for part in "qkv":
+        for part, name in names:
             if (bias := getattr(p, f"{part}_bias")) is not None:
-                tensors[f"{part}_proj.bias"] = bias.flatten().contiguous()
+                tensors[f"{name}.bias"] = bias.flatten().contiguous()
         if p.o_bias is not None:
             tensors[f"{self.output}.bias"] = p.o_bias
         for part in ("q_norm", "k_norm"):
@@ -138,7 +138,7 @@ FAMILIES = (
     Separate("gemma3_text", kv_heads=4, head_dim=256, norms="one", window="bound_to_rope"),
     Separate("phi", output="dense", final_norm="final_layernorm.weight", rotated=0.5),
     Separate("granite"),
-    Separate("stablelm", kv_heads=32, divided=True, rotated=0.25),
+    Separate("stablelm", kv_heads=32, rotated=0.25),
     Separate("starcoder2", kv_heads=2, window="every_layer"),
     Separate("nemotron", rotated=0.5),
     Separate(

@@ -1,0 +1,1 @@
+"""Code that is written beside converted weights which no stock class loads; each file needs transformers alone."""
