@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "turn a checkpoint into one with another attention mechanism, shard by shard",
     "uptrain": "convert a model, win the lost quality back by training, report what was won",
     "evaluate": "perplexity, KV-cache size and speed of one model or several, side by side",
+    "bench": "time attention beside every installed kernel on this GPU, correctness checked in the same run",
     "plan": "parameters, FLOPs, memory and decoding speed of each mechanism, from a config.json alone",
 }
 
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean '{near[0]}'?" if near else f"The commands are {', '.join(COMMANDS)}."
         print(f"attnzoo: there is no command '{command}'. {hint}", file=sys.stderr)
         return 2
+    if command == "bench":  # of the package itself: no recipe, no Hydra
+        from attnzoo import bench
+
+        return bench.main(arguments[1:])
     return _run(command, arguments[1:])
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Lowest first. A room imports only from floors below its own; specs name masks, so they stand above them.
-FLOORS = ["masks", "specs", "ops", "caches", "layers", "conversion", "planning", "hf", "recipes", "cli"]
+FLOORS = ["masks", "specs", "ops", "caches", "layers", "conversion", "planning", "hf", "recipes", "bench", "cli"]
 
 # The heavy libraries, and the only rooms that may know them.
 KEYS = {
@@ -25,7 +25,7 @@ KEYS = {
     "datasets": {"recipes"},
     "hydra": {"recipes"},
     "omegaconf": {"recipes"},
-    "matplotlib": {"masks", "recipes"},
+    "matplotlib": {"masks", "recipes", "bench"},
 }
 
 # What computes an op. They share code through the other files of their folder (common.py, rows.py).

@@ -1,0 +1,45 @@
+"""Benchmarks that run from an installed package: `attnzoo bench attention`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SUITES = ("dense", "window", "sparse", "features", "table")
+USAGE = "attnzoo bench attention [--suite SUITE ...] [--out FOLDER] [--table FILE] [--jobs N] [--draw] [--commit HASH]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`attnzoo bench`: time the library beside every installed peer, correctness checked in the same run.
+
+    Returns:
+        0, 1 if a contestant gave wrong results, 2 for arguments that are not understood or a machine without a GPU.
+    """
+    parser = argparse.ArgumentParser("attnzoo bench", usage=USAGE, description=main.__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("what", choices=["attention"], help="the op")
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="all: without table")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the JSON files and plots")
+    parser.add_argument("--table", type=Path, help="write the measured order of backends into this times.json")
+    parser.add_argument("--jobs", type=int, default=4, help="processes that compile kernels ahead of the timing")
+    parser.add_argument("--draw", action="store_true", help="only redo tables and plots from the JSON files in --out")
+    parser.add_argument("--commit", help="the commit that is measured; asked from git unless given")
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    from attnzoo.bench import report
+
+    if options.draw:
+        report.draw(options.out)
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print("attnzoo bench: needs a CUDA GPU, and there is none", file=sys.stderr)
+        return 2
+    from attnzoo.bench import running
+
+    suites = SUITES[:-1] if "all" in options.suite else tuple(options.suite)
+    return running.run(suites, options.out, options.table, options.jobs, options.commit)
