@@ -81,7 +81,7 @@ def test_absent_config_keys_mean_the_defaults_of_the_stock_class():
             stock = type(tiny(model_type).config)(**config)
             geometry = family_for(model_type).geometry(config)
             own = model_type not in ("gpt_neox", "opt")
-            expected = own and getattr(stock, "num_key_value_heads", None) or 64
+            expected = (getattr(stock, "num_key_value_heads", None) if own else None) or 64
             assert geometry.num_kv_heads == expected, model_type
             if getattr(stock, "head_dim", None) and own:
                 assert geometry.head_dim == stock.head_dim, model_type

@@ -27,7 +27,8 @@ class T5(Separate):
         self.code = code
         self.outside = ("shared.weight", "decoder.final_layer_norm.weight", "encoder.final_layer_norm.weight")
         self.optional = ()
-        self.varied = ("layer.0.SelfAttention.relative_attention_bias",)
+        # The second is in old checkpoints, and unused.
+        self.varied = tuple(f"{path}.relative_attention_bias" for path in _PATHS)
 
     def geometry(self, config: Config) -> Geometry:
         if not config.get("is_encoder_decoder", True):

@@ -18,7 +18,7 @@ class BloomGQAConfig(BloomConfig):
 
 
 class BloomGQAAttention(BloomAttention):
-    """BLOOM's layer; query_key_value's rows are, for each KV head, those of its queries, then its key, then its value."""
+    """BLOOM's layer; the rows of query_key_value are, for each KV head, its queries', then its key's and its value's."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
