@@ -36,7 +36,8 @@ def main() -> int:
     arguments.add_argument("--out", type=Path, help="write the report here, as JSON")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count())
     options = arguments.parse_args()
-    work = [(op, build.name, target) for op in options.ops for build in builds(op) for target in options.targets]
+    targets = options.targets
+    work = [(op, b.name, t) for op in options.ops for b in builds(op) for t in targets if t >= b.least]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(compile_one, *zip(*work, strict=True)))
     for row in rows:

@@ -23,6 +23,7 @@ class Build(NamedTuple):
     constants: Mapping[str, Any]  # constexpr arguments
     num_warps: int = 4
     num_stages: int = 2
+    least: int = 80  # compute capability, times ten, from which on it exists
 
 
 Builds = Iterator[Build]

@@ -15,6 +15,7 @@ from attnzoo.ops.softmax.triton.tiles import (
     kept,
     key_range,
     load_rows,
+    load_tile,
     nth_partial,
     query_range,
     score,
@@ -32,6 +33,7 @@ def query_gradient_kernel(
     d_out,
     lse,  # [B, Hq, Sq]
     d_lse,  # [B, Hq, Sq] or None
+    lse2,  # [B, Hq, Sq], written here: lse times log2(e), +inf for a query that sees no key
     delta,  # [B, Hq, Sq], written here: rows of d_out times out, less d_lse
     d_q,
     slopes,
@@ -41,6 +43,8 @@ def query_gradient_kernel(
     cu_q,
     cu_k,
     seed,
+    k_tiles,
+    v_tiles,
     tables,
     walk_starts,
     walk_partial,
@@ -157,8 +161,9 @@ def query_gradient_kernel(
             # A query that sees no key gives nothing back, whatever arrives at it.
             blind = row_lse == float("-inf")
             row_delta = tl.where(blind, 0.0, row_delta)
-            tl.store(delta + rows, row_delta, mask=exists)
             row_lse = tl.where(blind, float("inf"), row_lse)
+            tl.store(lse2 + rows, row_lse, mask=exists)
+            tl.store(delta + rows, row_delta, mask=exists)
             acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
 
@@ -206,8 +211,14 @@ def query_gradient_kernel(
                         there = u_row < hi
                         if LEFT:
                             there = there & (u_row > first + shift - window)
-                    k0 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, 0, BLOCK_D, D)
-                    vt = load_rows(v_base, start, stride_vs * STEP, there, BLOCK_N, 0, BLOCK_DV, DV)
+                    if MASKED or k_tiles is None:
+                        k0 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, 0, BLOCK_D, D)
+                    else:
+                        k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
+                    if MASKED or v_tiles is None:
+                        vt = load_rows(v_base, start, stride_vs * STEP, there, BLOCK_N, 0, BLOCK_DV, DV)
+                    else:
+                        vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
                     k1 = k0
                     if BLOCK_E > 0:
                         k1 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, BLOCK_D, BLOCK_E, D)
@@ -266,8 +277,8 @@ def key_gradient_kernel(
     k,
     v,
     d_out,
-    lse,
-    delta,  # [B, Hq, Sq], from the other kernel
+    lse2,  # [B, Hq, Sq], from the other kernel, and so is delta
+    delta,
     d_k,
     d_v,
     slopes,
@@ -277,6 +288,8 @@ def key_gradient_kernel(
     cu_q,
     cu_k,
     seed,
+    q_tiles,  # descriptors of q and d_out, or None
+    do_tiles,
     tables,
     walk_starts,  # tiles of queries to walk for each tile of keys, or None
     walk_partial,
@@ -431,15 +444,18 @@ def key_gradient_kernel(
                         else:
                             start = full_lo + n * BLOCK_M
                         t_row = start + tl.arange(0, BLOCK_M)
-                        row_lse = tl.load(lse + row_base + t_row * STEP, mask=t_row < q_rows, other=float("-inf"))
+                        row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
                         row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
-                        there = None
-                        if MASKED:
-                            # A query that sees no key may be NaN, and so may what arrives at its output.
-                            there = row_lse != float("-inf")
-                            row_lse = tl.where(there, row_lse, float("inf"))
-                        q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
-                        do = load_rows(do_base, start, stride_dos * STEP, there, BLOCK_M, 0, BLOCK_DV, DV)
+                        # A query that sees no key may be NaN, and so may what arrives at its output.
+                        there = row_lse != float("inf") if MASKED else None
+                        if MASKED or q_tiles is None:
+                            q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
+                        else:
+                            q0 = load_tile(q_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_D)
+                        if MASKED or do_tiles is None:
+                            do = load_rows(do_base, start, stride_dos * STEP, there, BLOCK_M, 0, BLOCK_DV, DV)
+                        else:
+                            do = load_tile(do_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_DV)
                         q1 = q0
                         if BLOCK_E > 0:
                             q1 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, BLOCK_D, BLOCK_E, D)
@@ -448,12 +464,13 @@ def key_gradient_kernel(
                         s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
                         if BLOCK_E > 0:
                             s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
+                        dp = tl.dot(vt, tl.trans(do), input_precision=PRECISION)  # runs while p is computed
                         s, bent = score(
                             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
-                        p = tl.exp2(s - (row_lse * LOG2E)[None, :])
+                        p = tl.exp2(s - row_lse[None, :])
                         if MASKED:
                             visible = visibility(
                                 t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
@@ -461,7 +478,6 @@ def key_gradient_kernel(
                             )  # fmt: skip
                             p = tl.where(visible, p, 0.0)
                         dropped = p
-                        dp = tl.dot(vt, tl.trans(do), input_precision=PRECISION)
                         if seed is not None:
                             keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                             dropped = tl.where(keep, p * (1.0 / (1.0 - dropout_p)), 0.0)

@@ -13,6 +13,7 @@ from attnzoo.ops.softmax.triton.forward import forward_kernel
 _POINTERS = {
     "lse": "*fp32",
     "d_lse": "*fp32",
+    "lse2": "*fp32",
     "delta": "*fp32",
     "d_bias": "*fp32",
     "sinks": "*fp32",
@@ -31,6 +32,7 @@ _POINTERS = {
 _OPTIONS = ("sinks", "slopes", "bias", "dense", "key_lengths", "cu_q", "cu_k", "seed", "tables", "walk_classes")
 _WALK = ("walk_starts", "walk_partial", "walk_tiles")
 _PACKED = ("cu_q", "cu_k")
+_COPIED = ("k_tiles", "v_tiles", "q_tiles", "do_tiles")
 _LONGFORMER = ("or", ("sliding_window", 256, 0), ("global_tokens", 0))
 
 
@@ -43,10 +45,12 @@ def builds() -> Builds:
     }
     for name, (kernel, tiles) in kernels.items():
         yield _build(f"{name} causal", kernel, tiles, RIGHT=True)
-        yield _build(f"{name} packed window softcap", kernel, tiles, _PACKED, softcap=True, LEFT=True, RIGHT=True, FAST=True)
+        yield _build(f"{name} causal, copied tiles", kernel, tiles, _COPIED, RIGHT=True)
+        window = {"LEFT": True, "RIGHT": True}
+        yield _build(f"{name} packed window softcap", kernel, tiles, _PACKED, softcap=True, FAST=True, **window)
         yield _build(f"{name} listed", kernel, tiles, (*_WALK, "tables"), PROGRAM=_LONGFORMER)
         small = (32, 32, 4, 1)
-        yield _build(f"{name} fp32 dilated", kernel, small, dtype="fp32", LEFT=True, RIGHT=True, STEP=4)
+        yield _build(f"{name} fp32 dilated", kernel, small, dtype="fp32", STEP=4, **window)
         options = ("slopes", "bias", "dense", "key_lengths", "seed", *(("sinks",) if name == "forward" else ()))
         yield _build(f"{name} all options", kernel, (64, 32, 4, 1), options, D=192, DV=128)
     yield _build("forward wide", forward_kernel, (64, 32, 8, 1), RIGHT=True, D=576, DV=512)
@@ -73,8 +77,7 @@ def _build(
     constants["BLOCK_D"] = 1 << constants["D"].bit_length() - 1
     constants["BLOCK_E"] = constants["D"] - constants["BLOCK_D"]
     constants["BLOCK_DV"] = constants["DV"]
-    if not (softcap or options or constants["PROGRAM"]):
-        constants["PLAIN"] = True
+    constants["PLAIN"] = not softcap and "bias" not in options
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -85,12 +88,17 @@ def _build(
             signature[argument] = _POINTERS.get(argument, f"*{dtype}")
         else:
             signature[argument] = "i32"
+        if argument in _COPIED:
+            rows = m if argument in ("q_tiles", "do_tiles") else n
+            columns = constants["BLOCK_D" if argument in ("q_tiles", "k_tiles") else "BLOCK_DV"]
+            signature[argument] = f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
         absent = argument == "softcap" and not softcap
-        absent |= argument in (*_OPTIONS, *_WALK, "d_lse") and argument not in options
+        absent |= argument in (*_OPTIONS, *_WALK, *_COPIED, "d_lse") and argument not in options
         if absent:
             signature[argument] = "constexpr"
             constants[argument] = None
-    return Build(name, kernel, signature, _known(kernel, constants), warps, stages)
+    least = 90 if any(name in options for name in _COPIED) else 80
+    return Build(name, kernel, signature, _known(kernel, constants), warps, stages, least)
 
 
 def _known(kernel: Any, constants: Mapping[str, Any]) -> dict[str, Any]:

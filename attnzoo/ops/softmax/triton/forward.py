@@ -17,6 +17,7 @@ from attnzoo.ops.softmax.triton.tiles import (
     kept,
     key_range,
     load_rows,
+    load_tile,
     nth_partial,
     score,
     sequence,
@@ -39,6 +40,8 @@ def forward_kernel(
     cu_q,  # [documents + 1] or None
     cu_k,
     seed,  # [] or None
+    k_tiles,  # descriptors of k and v, or None: whole tiles are then read through pointers as well
+    v_tiles,
     tables,  # what PROGRAM looks things up in, or None
     walk_starts,  # tiles of keys to walk for each tile of queries: see walks.py; or None
     walk_partial,
@@ -184,7 +187,10 @@ def forward_kernel(
                         v_there = u_row < hi
                         if LEFT:
                             v_there = v_there & (u_row > first + shift - window)
-                    k0 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, 0, BLOCK_D, D)
+                    if MASKED or k_tiles is None:
+                        k0 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, 0, BLOCK_D, D)
+                    else:
+                        k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
                     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
                     if BLOCK_E > 0:
                         k1 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, BLOCK_D, BLOCK_E, D)
@@ -204,7 +210,10 @@ def forward_kernel(
                             stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
                         s = tl.where(visible, s, float("-inf"))
-                    vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
+                    if MASKED or v_tiles is None:
+                        vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
+                    else:
+                        vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
                     if MASKED and (PROGRAM is not None or dense is not None):
                         # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
                         seen = tl.max(visible.to(tl.int32), 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnzoo.ops.launching import capability, interpreted
 from attnzoo.ops.softmax.triton import config
@@ -30,14 +31,18 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     tiles = tiles or config.forward_tiles(x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
     plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
+    constants = _constants(x, pattern, tiles)
     forward_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
         *(x.q, x.k, x.v, out, lse, x.sinks),
-        *_options(x, pattern),
+        *_options(x),
+        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
+        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
+        pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out) for stride in t.stride()[:3]),
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **_constants(x, pattern, tiles),
+        **constants,
         PLAIN=plain,
     )
     return out, lse
@@ -48,6 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out as these are, and delta `[B, Hq, Sq]`, of which those of sinks are made."""
     d_q, d_k, d_v = empty_as(x.q), empty_as(x.k), empty_as(x.v)
+    lse2 = torch.empty_like(lse)
     delta = torch.empty_like(lse)  # rows of d_out times out, less d_lse
     if x.cu_q is not None:
         for t in (d_q, d_k, d_v, delta):
@@ -60,25 +66,33 @@ def backward(
     sizes = (x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
     tiles = config.query_gradient_tiles(*sizes)
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
+    constants = _constants(x, pattern, tiles)
     query_gradient_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
-        *(x.q, x.k, x.v, out, d_out, lse, d_lse, delta, d_q),
-        *_options(x, pattern),
+        *(x.q, x.k, x.v, out, d_out, lse, d_lse, lse2, delta, d_q),
+        *_options(x),
+        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
+        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
+        pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out, d_out, d_q) for stride in t.stride()[:3]),
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **_constants(x, pattern, tiles),
+        **constants,
     )
     tiles = config.key_gradient_tiles(*sizes)
     each = _tiles_each(x, pattern, x.k.shape[2], tiles.n)
+    constants = _constants(x, pattern, tiles)
     key_gradient_kernel[(each * x.k.shape[0] * x.k.shape[1],)](
-        *(x.q, x.k, x.v, d_out, lse, delta, d_k, d_v),
-        *_options(x, pattern),
+        *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
+        *_options(x),
+        _descriptor(x.q, tiles.m, constants["BLOCK_D"], pattern),
+        _descriptor(d_out, tiles.m, constants["BLOCK_DV"], pattern),
+        pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=True),
         *(stride for t in (x.q, x.k, x.v, d_out, d_k, d_v) for stride in t.stride()[:3]),
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **_constants(x, pattern, tiles),
+        **constants,
     )
     return d_q, d_k, d_v, delta
 
@@ -140,8 +154,21 @@ def _tiles_each(x: Arguments, pattern: Pattern, length: int, block: int) -> int:
     return pattern.step * -(-rows // block)
 
 
-def _options(x: Arguments, pattern: Pattern) -> tuple[Tensor | None, ...]:
-    return (x.slopes, x.bias, x.dense, x.key_lengths, x.cu_q, x.cu_k, x.seed, pattern.tables)
+def _options(x: Arguments) -> tuple[Tensor | None, ...]:
+    return (x.slopes, x.bias, x.dense, x.key_lengths, x.cu_q, x.cu_k, x.seed)
+
+
+def _descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorDescriptor | None:
+    """`t` in tiles for the copy engine of Hopper and later; None if it cannot take them."""
+    if not (interpreted() or capability(t.device.index) >= (9, 0)) or pattern.step > 1 or columns > 256:
+        return None
+    batch, heads, length, dim = t.shape
+    size = t.element_size()
+    # The stride of a dimension of one is never used, so that it may be any number.
+    strides = [n if many > 1 else length * dim for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
+    if t.data_ptr() % 16 or any(n == 0 or n * size % 16 for n in strides):
+        return None
+    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns])
 
 
 def _option_strides(x: Arguments) -> tuple[int, ...]:
@@ -168,7 +195,7 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
         "BLOCK_N": tiles.n,
         "BLOCK_D": block,
         "BLOCK_E": extra,
-        "BLOCK_DV": whole if rest == 0 else 2 * whole,
+        "BLOCK_DV": whole if rest == 0 else 2 * whole,  # values are not split
         "DOCUMENTS": 0 if x.cu_q is None else 1 << (x.cu_q.shape[0] - 2).bit_length(),
         "STEP": pattern.step,
         "LEFT": pattern.left,
