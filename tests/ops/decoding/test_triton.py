@@ -82,9 +82,20 @@ KINDS = ["contiguous", "rolling", "paged", "int8", "asymmetric int8", "paged int
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (3, 5), (8, 1)])
 def test_every_cache_is_read_in_place(kind: str, group: int, q_len: int, dtype: torch.dtype) -> None:
-    cache = fill(make(kind, 4, 2, (32, 32), dtype), LENGTHS, q_len)
-    q = torch.randn(4, 2 * group, q_len, 32, device=DEVICE).to(dtype)
+    dim = 64 if "int8" in kind else 32  # from 64 on, and in half precision, codes are multiplied as they are
+    cache = fill(make(kind, 4, 2, (dim, dim), dtype), LENGTHS, q_len)
+    q = torch.randn(4, 2 * group, q_len, dim, device=DEVICE).to(dtype)
     check(q, cache, mask=SlidingWindow(13) if kind == "rolling" else Causal())
+
+
+@pytest.mark.parametrize("kind", ["int8", "asymmetric int8"])
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_integer_products_keep_their_digits_at_any_size(kind: str, size: float) -> None:
+    cache = make(kind, 2, 1, (64, 128), torch.float16)
+    k, v = (torch.randn(2, 1, 150, n, device=DEVICE) for n in (64, 128))
+    peaks = torch.rand(2, 1, 150, 1, device=DEVICE) ** 8  # some tokens are far smaller than others
+    cache.append((k * 4).half(), (v * peaks * size).half())
+    check(torch.randn(2, 5, 3, 64, device=DEVICE).half(), cache, mask=SlidingWindow(100), softcap=20.0)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

@@ -35,7 +35,7 @@ def decode_kernel(
     scale, softcap, splits,
     GROUP: tl.constexpr, Q_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    INTEGER: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
@@ -73,16 +73,22 @@ def decode_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_qsum = tl.sum(b_q.to(tl.float32), 1) if QUANT > 1 else None
+    if INTEGER:
+        b_high, b_low, b_unit = halves_of_queries(b_q)
+        acc_0 = tl.zeros([BLOCK_M, DV // 4], tl.float32)
+        acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
     head = i_head.to(tl.int64)
     K += head * k_head
     V += head * v_head
     s_block = k_heads * size  # scales are dense
     if PAGE > 0:
-        block = tl.zeros([], tl.int64)
         TABLE += row * table_width
     else:
         block = row
-    k_scale, k_offset, v_scale, v_offset = None, None, None, None
+    if QUANT == 0:
+        k_scale, v_scale = None, None
+    if QUANT < 2:
+        k_offset, v_offset = None, None
     if QUANT > 0:
         K_SCALE += head * size
         V_SCALE += head * size
@@ -94,7 +100,9 @@ def decode_kernel(
     LOOSE: tl.constexpr = RING or (PAGE > 0 and PAGE < BLOCK_N)
     o_n = tl.arange(0, BLOCK_N)
     slot = o_n
-    if PAGE > 0 and not LOOSE:
+    if PAGE > 0 and LOOSE:
+        block = tl.zeros([BLOCK_N], tl.int64)
+    elif PAGE > 0:
         block = tl.load(TABLE + (low + before * BLOCK_N) // PAGE, mask=whole > 0, other=0).to(tl.int64)
     for i_n in range(before, before + whole):
         n0 = low + i_n * BLOCK_N
@@ -115,31 +123,48 @@ def decode_kernel(
             k_scale, v_scale = tl.load(K_SCALE + s_at + slot), tl.load(V_SCALE + s_at + slot)
         if QUANT > 1:
             k_offset, v_offset = tl.load(K_OFFSET + s_at + slot), tl.load(V_OFFSET + s_at + slot)
-        b_v = load_vectors(V, v_at, slot, v_token, o_dv, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
-        b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
+        if INTEGER:
+            b_v = load_words(V, v_at, slot, v_token, None, DV)  # [BLOCK_N, DV / 4]
+            b_s = integer_scores(b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
+            b_max, b_sum, acc_0, acc_1, acc_2, acc_3 = integer_attend(
+                b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT
+            )
+        else:
+            b_v = load_vectors(V, v_at, slot, v_token, o_dv, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+            b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
+            b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
 
     for i_n in tl.range(0, total - whole, num_stages=1):  # tiles at the edges
         n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
         live = (n >= first) & (n < high)
         if PAGE > 0:
-            block, slot = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
-            k_at, v_at, s_at = block * k_block, block * v_block, block * s_block
+            page, place = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
+            k_from, v_from, s_from = page * k_block, page * v_block, page * s_block
         else:
-            slot = (n % size if RING else n).to(tl.int64)
-            k_at, v_at, s_at = row * k_block, row * v_block, row * s_block
-        b_k = load_vectors(K, k_at, slot, k_token, o_d, live, D, BLOCK_D)
-        b_v = load_vectors(V, v_at, slot, v_token, o_dv, live, DV, BLOCK_DV)
+            place = (n % size if RING else n).to(tl.int64)
+            k_from, v_from, s_from = row * k_block, row * v_block, row * s_block
+        b_k = load_vectors(K, k_from, place, k_token, o_d, live, D, BLOCK_D)
         if QUANT > 0:
-            k_scale = tl.load(K_SCALE + s_at + slot, mask=live, other=0.0)
-            v_scale = tl.load(V_SCALE + s_at + slot, mask=live, other=0.0)
+            k_scale = tl.load(K_SCALE + s_from + place, mask=live, other=0.0)
+            v_scale = tl.load(V_SCALE + s_from + place, mask=live, other=0.0)
         if QUANT > 1:
-            k_offset = tl.load(K_OFFSET + s_at + slot, mask=live, other=0.0)
-            v_offset = tl.load(V_OFFSET + s_at + slot, mask=live, other=0.0)
-        b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
-        b_s = hide(b_s, b_query, n, live, back, ahead)
-        b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
+            k_offset = tl.load(K_OFFSET + s_from + place, mask=live, other=0.0)
+            v_offset = tl.load(V_OFFSET + s_from + place, mask=live, other=0.0)
+        if INTEGER:
+            b_v = load_words(V, v_from, place, v_token, live, DV)
+            b_s = integer_scores(b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
+            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_max, b_sum, acc_0, acc_1, acc_2, acc_3 = integer_attend(
+                b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT
+            )
+        else:
+            b_v = load_vectors(V, v_from, place, v_token, o_dv, live, DV, BLOCK_DV)
+            b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
+            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
 
+    if INTEGER:
+        b_acc = tl.interleave(tl.interleave(acc_0, acc_2), tl.interleave(acc_1, acc_3))
     if RECENT:  # the last split reads the newest tokens too
         low = tl.where(i_split == splits - 1, tl.maximum(first, fresh), last)
         RECENT_K += (row * k_heads + head) * recent_size * D
@@ -147,9 +172,9 @@ def decode_kernel(
         for n0 in tl.range(low, last, BLOCK_N, num_stages=1):
             n = n0 + o_n
             live = n < last
-            slot = n % recent_size
-            b_k = load_vectors(RECENT_K, row * 0, slot, D, o_d, live, D, BLOCK_D)
-            b_v = load_vectors(RECENT_V, row * 0, slot, DV, o_dv, live, DV, BLOCK_DV)
+            fresh_slot = n % recent_size
+            b_k = load_vectors(RECENT_K, row * 0, fresh_slot, D, o_d, live, D, BLOCK_D)
+            b_v = load_vectors(RECENT_V, row * 0, fresh_slot, DV, o_dv, live, DV, BLOCK_DV)
             b_s = scores(b_q, b_k, None, None, None, scale, softcap, SOFTCAP, 0, PRECISION)
             b_s = hide(b_s, b_query, n, live, back, ahead)
             b_max, b_sum, b_acc = attend(b_s, b_v, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)
@@ -175,11 +200,12 @@ def seen_keys(start, length, Q_LEN: tl.constexpr, back, ahead):
 def split_of(first, last, i_split, splits, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The part of the keys that split `i_split` walks; tiles begin at multiples of BLOCK_N."""
     low = first // BLOCK_N * BLOCK_N
-    if not SPLIT:
-        return low, last
-    each = tl.cdiv(tl.cdiv(tl.maximum(last - low, 0), splits), BLOCK_N) * BLOCK_N
-    low += i_split * each
-    return low, tl.minimum(low + each, last)
+    high = last
+    if SPLIT:
+        each = tl.cdiv(tl.cdiv(tl.maximum(last - low, 0), splits), BLOCK_N) * BLOCK_N
+        low += i_split * each
+        high = tl.minimum(low + each, last)
+    return low, high
 
 
 @triton.jit
@@ -203,13 +229,15 @@ def load_vectors(BASE, at, slot, stride, o_d, live, D: tl.constexpr, BLOCK_D: tl
         rows = BASE + (at + slot * stride)[:, None] + o_d[None, :]
     else:
         rows = (BASE + at) + ((slot * stride)[:, None] + o_d[None, :])
-    if live is None:
-        if BLOCK_D == D:
-            return tl.load(rows)
-        return tl.load(rows, mask=(o_d < D)[None, :], other=0.0)
-    if BLOCK_D == D:
-        return tl.load(rows, mask=live[:, None], other=0.0)
-    return tl.load(rows, mask=live[:, None] & (o_d < D)[None, :], other=0.0)
+    if live is None and BLOCK_D == D:
+        vectors = tl.load(rows)
+    elif live is None:
+        vectors = tl.load(rows, mask=(o_d < D)[None, :], other=0.0)
+    elif BLOCK_D == D:
+        vectors = tl.load(rows, mask=live[:, None], other=0.0)
+    else:
+        vectors = tl.load(rows, mask=live[:, None] & (o_d < D)[None, :], other=0.0)
+    return vectors
 
 
 @triton.jit
@@ -224,10 +252,12 @@ def scores(
     elif QUANT > 0 and SOFTCAP:
         b_s = b_s * k_scale[None, :]
     if SOFTCAP:
-        return softcap * LOG2E * tanh(b_s * (scale / softcap))
-    if QUANT == 1:
-        return b_s * (k_scale * (scale * LOG2E))[None, :]
-    return b_s * (scale * LOG2E)
+        b_s = softcap * LOG2E * tanh(b_s * (scale / softcap))
+    elif QUANT == 1:
+        b_s = b_s * (k_scale * (scale * LOG2E))[None, :]
+    else:
+        b_s = b_s * (scale * LOG2E)
+    return b_s
 
 
 @triton.jit
@@ -268,6 +298,86 @@ def attend(
     else:
         b_acc = tl.dot(b_p.to(dtype), b_v, b_acc, input_precision=PRECISION)
     return b_max, b_sum, b_acc
+
+
+@triton.jit
+def halves(x):
+    """Numbers of at most 16256, rounded, as two int8: `128 * high + low`."""
+    whole = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # 1.5 * 2**23 leaves the integer in the last bits
+    high = (whole + 64) >> 7
+    return high.to(tl.int8), (whole - (high << 7)).to(tl.int8)
+
+
+@triton.jit
+def halves_of_queries(b_q):
+    """Queries `[BLOCK_M, D]` as two int8, to 15 bits of each query's largest number, and the unit of these."""
+    largest = tl.max(tl.abs(b_q.to(tl.float32)), 1)
+    unit = tl.where(largest > 0, largest, 1.0) / 16256.0
+    b_high, b_low = halves(b_q.to(tl.float32) / unit[:, None])
+    return b_high, b_low, unit
+
+
+@triton.jit
+def load_words(BASE, at, slot, stride, live, DV: tl.constexpr):
+    """Codes `[BLOCK_N, DV]` four to a word, `[BLOCK_N, DV / 4]` int32."""
+    WORDS: tl.constexpr = DV // 4
+    words = BASE.to(tl.pointer_type(tl.int32))
+    return load_vectors(words, at // 4, slot, stride // 4, tl.arange(0, WORDS), live, WORDS, WORDS)
+
+
+@triton.jit
+def integer_scores(
+    b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP: tl.constexpr, QUANT: tl.constexpr
+):  # fmt: skip
+    """Scores from codes as they are: no key is converted."""
+    b_kt = tl.trans(b_k)
+    whole = tl.dot(b_high, b_kt, out_dtype=tl.int32) * 128 + tl.dot(b_low, b_kt, out_dtype=tl.int32)
+    if SOFTCAP or QUANT > 1:
+        b_s = whole.to(tl.float32) * b_unit[:, None] * k_scale[None, :]
+        if QUANT > 1:
+            b_s += b_qsum[:, None] * k_offset[None, :]
+        if SOFTCAP:
+            b_s = softcap * LOG2E * tanh(b_s * (scale / softcap))
+        else:
+            b_s *= scale * LOG2E
+    else:
+        b_s = whole.to(tl.float32) * (b_unit * (scale * LOG2E))[:, None] * k_scale[None, :]
+    return b_s
+
+
+@triton.jit
+def integer_attend(
+    b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT: tl.constexpr
+):  # fmt: skip
+    """As `attend`, with weights in two int8 and the codes of values as they are, four to a word of `b_v`."""
+    b_here = tl.max(b_s, 1)  # weights are cut to 15 bits of the largest of this tile
+    b_new = tl.maximum(b_max, b_here)
+    b_safe = tl.where(b_new == DEAD, 0.0, b_new)
+    b_base = tl.where(b_here == DEAD, 0.0, b_here)
+    b_p = tl.exp2(b_s - b_base[:, None])
+    shrink, share = tl.exp2(b_max - b_safe), tl.exp2(b_here - b_safe)
+    b_sum = b_sum * shrink + tl.sum(b_p, 1) * share
+    largest = tl.max(v_scale)
+    largest = tl.where(largest > 0, largest, 1.0)
+    b_high, b_low = halves(b_p * (v_scale * (16256.0 / largest))[None, :])
+    unit = (share * (largest / 16256.0))[:, None]
+    shrink = shrink[:, None]
+    acc_0 = acc_0 * shrink + weigh(b_high, b_low, b_v, 0) * unit
+    acc_1 = acc_1 * shrink + weigh(b_high, b_low, b_v, 8) * unit
+    acc_2 = acc_2 * shrink + weigh(b_high, b_low, b_v, 16) * unit
+    acc_3 = acc_3 * shrink + weigh(b_high, b_low, b_v, 24) * unit
+    if QUANT > 1:
+        extra = (tl.sum(b_p * v_offset[None, :], 1) * share)[:, None]
+        acc_0, acc_1, acc_2, acc_3 = acc_0 + extra, acc_1 + extra, acc_2 + extra, acc_3 + extra
+    return b_new, b_sum, acc_0, acc_1, acc_2, acc_3
+
+
+@triton.jit
+def weigh(b_high, b_low, b_v, SHIFT: tl.constexpr):
+    """Weighted sums of one code of each word."""
+    codes = (b_v >> SHIFT).to(tl.int8)
+    whole = tl.dot(b_high, codes, out_dtype=tl.int32) * 128 + tl.dot(b_low, codes, out_dtype=tl.int32)
+    return whole.to(tl.float32)
 
 
 @triton.jit

@@ -101,6 +101,7 @@ def decode_op(
         RING=ring,
         QUANT=len(k) - 1,
         RECENT=len(recent) > 0,
+        INTEGER=tiles.integers,
         SOFTCAP=softcap is not None,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,

@@ -16,6 +16,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     resident: int  # programs that fit on a multiprocessor
+    integers: bool = False  # whether codes are multiplied as they are
 
 
 def next_power_of_two(n: int) -> int:
@@ -30,8 +31,11 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool) -> Ti
     width = next_power_of_two(dim) + next_power_of_two(v_dim)
     if itemsize == 4:
         return Tiles(min(block_m, 32), 32, 4, 2, 2)
-    block_n = 128 if width <= 128 else 64 if width <= 256 else 32
-    return Tiles(block_m, block_n, 4, 3 if width <= 512 else 2, 2)
+    if codes:
+        # Integer products want whole words; wgmma would want values the other way round, so at most 32 rows.
+        integers = min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1
+        return Tiles(min(block_m, 32), 128 if width <= 256 else 64, 4, 3, 2, integers)
+    return Tiles(block_m, 128 if width <= 256 else 64 if width < 512 else 32, 4, 3, 2)
 
 
 @lru_cache(maxsize=4096)
