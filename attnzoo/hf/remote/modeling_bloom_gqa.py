@@ -18,7 +18,7 @@ class BloomGQAConfig(BloomConfig):
 
 
 class BloomGQAAttention(BloomAttention):
-    """BLOOM's layer; the rows of query_key_value are, for each KV head, its queries', then its key's and its value's."""
+    """BLOOM's layer; query_key_value has, for each KV head, the rows of its queries, of its key and of its value."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
