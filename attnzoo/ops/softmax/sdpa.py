@@ -107,11 +107,10 @@ def run(call: Call) -> tuple[Tensor, None]:
     if call.packed:
         return (_one_by_one(call) if call.q.device.type == "cpu" else _packed(call)), None
     if isinstance(call.mask, Causal):
-        gqa = call.group > 1
+        # A branch, and not the comparison, since torch.compile may leave the number of heads open.
+        gqa: dict[str, Any] = {"enable_gqa": True} if call.group > 1 else {}
         q, k, v = inner_contiguous(call.q, call.k, call.v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, enable_gqa=gqa
-        )
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=call.dropout_p, is_causal=True, scale=call.scale, **gqa)
         return out, None
     return _masked(call), None
 
