@@ -15,6 +15,7 @@ from attnzoo.ops.decoding.reach import check_reach
 from attnzoo.ops.decoding.stored import Stored, stored
 
 _BACKENDS: dict[str, ModuleType] = {"triton": triton, "attention": attend, "reference": reference}  # fastest first
+_FULL = Full()
 
 
 def decode(
@@ -56,7 +57,7 @@ def decode(
             reasons.
     """
     held = stored(cache)
-    mask = Full() if mask is None else mask
+    mask = _FULL if mask is None else mask
     _check(q, held, starts)
     check_reach(mask, q.shape[2], cache)
     if starts is None:

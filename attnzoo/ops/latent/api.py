@@ -12,6 +12,7 @@ from attnzoo.ops.latent import attend, reference, triton
 from attnzoo.ops.latent.common import Call
 
 _BACKENDS: dict[str, ModuleType] = {"triton": triton, "attention": attend, "reference": reference}  # fastest first
+_FULL = Full()
 
 
 def latent_decode(
@@ -55,7 +56,7 @@ def latent_decode(
     """
     held, q_len = stored(cache), q_latent.shape[2] if q_latent.dim() == 4 else 0
     _check(q_latent, q_rope, held, starts)
-    mask = Full() if mask is None else mask
+    mask = _FULL if mask is None else mask
     check_reach(mask, q_len, cache)
     if starts is None:
         starts = cache.length - q_len if cache.uniform else cache.lengths - q_len

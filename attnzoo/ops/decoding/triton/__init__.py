@@ -8,7 +8,7 @@ from torch import Tensor
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
 from attnzoo.ops.decoding.common import Call
 from attnzoo.ops.decoding.stored import Rows
-from attnzoo.ops.decoding.triton.op import decode_op
+from attnzoo.ops.decoding.triton.op import decode, decode_op
 from attnzoo.ops.launching import triton_reasons
 
 _UNBOUNDED = 2**30  # keys; no row is as long
@@ -49,7 +49,7 @@ def run(call: Call) -> Tensor:
     assert limits is not None
     start = rows_of(call.starts - held.origin)
     kept = Rows(0) if held.kept is None else held.kept
-    return decode_op(
+    return (decode if is_plain(q) else decode_op)(
         dense_last(q),
         held.k,
         held.v,
@@ -87,3 +87,8 @@ def rows_of(value: int | Tensor) -> Rows:
 def dense_last(x: Tensor) -> Tensor:
     """The tensor with a last stride of 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody is looking on: then the launch needs no custom operator around it, which costs 20 us."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

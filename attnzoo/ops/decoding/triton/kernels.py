@@ -15,7 +15,7 @@ DEAD = tl.constexpr(float("-inf"))
 NOWHERE = tl.constexpr(-(2**30))  # position of a query that sees nothing
 
 
-@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "splits", "table_width"])
+@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "splits"])
 def decode_kernel(
     Q,  # [B, Hk * GROUP, Q_LEN, D]
     K, K_SCALE, K_OFFSET,  # [blocks, Hk, size, D]; scales and offsets dense [blocks, Hk, size]
@@ -28,14 +28,15 @@ def decode_kernel(
     PART, LSE,  # [B, Hk, GROUP * Q_LEN, splits, DV] and [..., splits], fp32, dense
     length, start, kept,  # what all rows share
     back, ahead,  # query i sees key j iff -ahead <= i - j < back
+    scale, softcap, splits,
     size, recent_size, heads, k_heads, table_width,
     q_batch, q_head, q_token,
     k_block, k_head, k_token,
     v_block, v_head, v_token,
-    scale, softcap, splits,
     GROUP: tl.constexpr, Q_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
-    INTEGER: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    INTEGER: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
@@ -411,7 +412,8 @@ def store_part(
 @triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     PART, LSE, SINKS, OUT,  # [rows, splits, DV], [rows, splits], [heads], [rows, DV]; a row is a query of a head
-    splits, heads, Q_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    splits, heads,
+    Q_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query: their shares weighted by their logsumexp."""
     i_row = tl.program_id(0).to(tl.int64)

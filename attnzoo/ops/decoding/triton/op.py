@@ -1,18 +1,19 @@
-"""The custom operator around the kernels, which are imported when it first runs."""
+"""From stored keys and values to the kernels, which are imported when they first run, and the custom operator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from attnzoo.ops.decoding.triton.launch import Launcher
 from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for, tiles_for
 from attnzoo.ops.launching import num_multiprocessors
 
 
-@torch.library.custom_op("attnzoo::decode", mutates_args=())
-def decode_op(
+def decode(
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -48,10 +49,8 @@ def decode_op(
     Returns:
         `[B, Hq, Sq, Dv]`.
     """
-    from attnzoo.ops.decoding.triton import kernels
-
     batch, heads, q_len, dim = q.shape
-    k_heads, v_dim = k[0].shape[1], v[0].shape[3]
+    k_heads, size, v_dim = k[0].shape[1], k[0].shape[2], v[0].shape[3]
     out = q.new_empty(batch, heads, q_len, v_dim)
     if out.numel() == 0:
         return out
@@ -61,78 +60,75 @@ def decode_op(
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident
     splits = splits_for(batch * k_heads * m_tiles, -(-reach // tiles.block_n), slots)
-    part = lse = None
-    if splits > 1:
-        part = q.new_empty(batch, heads, q_len, splits, v_dim, dtype=torch.float32)
-        lse = q.new_empty(batch, heads, q_len, splits, dtype=torch.float32)
-    kernels.decode_kernel[(splits, k_heads * m_tiles, batch)](
-        q,
-        *parts_of(k),
-        *parts_of(v),
-        *(recent or (None, None)),
-        table,
-        lengths,
-        starts,
-        kept,
-        sinks,
-        out,
-        part,
-        lse,
-        *shared,
-        back,
-        ahead,
-        k[0].shape[2],
-        recent[0].shape[2] if recent else 0,
-        heads,
-        k_heads,
-        0 if table is None else table.stride(0),
-        *q.stride()[:3],
-        *k[0].stride()[:3],
-        *v[0].stride()[:3],
-        scale,
-        0.0 if softcap is None else softcap,
-        splits,
-        GROUP=heads // k_heads,
-        Q_LEN=q_len,
-        D=dim,
-        DV=v_dim,
-        SPLIT=splits > 1,
-        PAGE=0 if table is None else k[0].shape[2],
-        RING=ring,
-        QUANT=len(k) - 1,
-        RECENT=len(recent) > 0,
-        INTEGER=tiles.integers,
-        SOFTCAP=softcap is not None,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_D=max(next_power_of_two(dim), 16),
-        BLOCK_DV=max(next_power_of_two(v_dim), 16),
-        PRECISION="ieee",
+    part, lse = parts_for(out, splits)
+    launcher("decode_kernel")(
+        (splits, k_heads * m_tiles, batch),
+        (
+            *(q, *three(k), *three(v), *(recent or (None, None))),
+            *(table, lengths, starts, kept, sinks, out, part, lse),
+        ),
+        (*shared, back, ahead, scale, 0.0 if softcap is None else softcap, splits),
+        (
+            *(size, recent[0].shape[2] if recent else 0, heads, k_heads, 0 if table is None else table.stride(0)),
+            *(*q.stride()[:3], *k[0].stride()[:3], *v[0].stride()[:3]),
+        ),
+        {
+            "GROUP": heads // k_heads,
+            "Q_LEN": q_len,
+            "D": dim,
+            "DV": v_dim,
+            "SPLIT": splits > 1,
+            "PAGE": 0 if table is None else size,
+            "RING": ring,
+            "QUANT": len(k) - 1,
+            "RECENT": len(recent) > 0,
+            "INTEGER": tiles.integers,
+            "SOFTCAP": softcap is not None,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": max(next_power_of_two(dim), 16),
+            "BLOCK_DV": max(next_power_of_two(v_dim), 16),
+            "PRECISION": "ieee",
+        },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    if part is not None and lse is not None:
-        merge(part, lse, sinks, out)
+    merge(part, lse, sinks, out)
     return out
 
 
-def merge(part: Tensor, lse: Tensor, sinks: Tensor | None, out: Tensor) -> None:
-    """Merge shares `part [B, H, Sq, splits, Dv]` with their base-2 logsumexps `lse [B, H, Sq, splits]` into `out`."""
+decode_op = torch.library.custom_op("attnzoo::decode", decode, mutates_args=())
+
+
+@lru_cache(maxsize=8)
+def launcher(name: str) -> Launcher:
+    """The launcher of a kernel; Triton is imported here, at the first use."""
     from attnzoo.ops.decoding.triton import kernels
 
+    return Launcher(getattr(kernels, name))
+
+
+def parts_for(out: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for the splits' shares `[B, H, Sq, splits, Dv]` and logsumexps; none where nothing is split."""
+    if splits == 1:
+        return None, None
+    shape = *out.shape[:3], splits
+    part = torch.empty(*shape, out.shape[3], dtype=torch.float32, device=out.device)
+    return part, torch.empty(shape, dtype=torch.float32, device=out.device)
+
+
+def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Tensor) -> None:
+    """Merge shares `part [B, H, Sq, splits, Dv]` with their base-2 logsumexps `lse` into `out`, if there are any."""
+    if part is None or lse is None:
+        return
     batch, heads, q_len, splits, v_dim = part.shape
     width = min(next_power_of_two(v_dim), 128)
-    kernels.merge_kernel[(batch * heads * q_len, -(-v_dim // width))](
-        part,
-        lse,
-        sinks,
-        out,
-        splits,
-        heads,
-        Q_LEN=q_len,
-        DV=v_dim,
-        BLOCK_S=next_power_of_two(splits),
-        BLOCK_DV=width,
+    launcher("merge_kernel")(
+        (batch * heads * q_len, -(-v_dim // width), 1),
+        (part, lse, sinks, out),
+        (splits,),
+        (heads,),
+        {"Q_LEN": q_len, "DV": v_dim, "BLOCK_S": next_power_of_two(splits), "BLOCK_DV": width},
         num_warps=4 if splits > 8 else 2,
     )
 
@@ -159,6 +155,6 @@ def _(
     return q.new_empty(*q.shape[:3], v[0].shape[3])
 
 
-def parts_of(parts: Sequence[Tensor]) -> list[Tensor | None]:
+def three(parts: Sequence[Tensor]) -> list[Tensor | None]:
     """Three kernel arguments: vectors, scales, offsets."""
     return [*parts, *[None] * (3 - len(parts))]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.decoding import Rows
-from attnzoo.ops.decoding.triton import bounds, dense_last, rows_of
+from attnzoo.ops.decoding.triton import bounds, dense_last, is_plain, rows_of
 from attnzoo.ops.latent.common import Call
-from attnzoo.ops.latent.triton.op import latent_op
+from attnzoo.ops.latent.triton.op import latent_decode, latent_op
 from attnzoo.ops.launching import triton_reasons
 
 _MOST_QUERIES = 16
@@ -45,7 +45,7 @@ def run(call: Call) -> Tensor:
     assert limits is not None
     start = rows_of(call.starts - held.origin)
     kept = Rows(0) if held.kept is None else held.kept
-    return latent_op(
+    return (latent_decode if is_plain(call.q_latent) else latent_op)(
         dense_last(call.q_latent),
         dense_last(call.q_rope),
         held.k,

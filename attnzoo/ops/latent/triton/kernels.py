@@ -23,7 +23,7 @@ from attnzoo.ops.decoding.triton.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "splits", "table_width"])
+@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "splits"])
 def latent_kernel(
     Q, Q_ROPE,  # [B, HEADS, Q_LEN, RANK] and ROPE
     C, C_SCALE, C_OFFSET,  # latents [blocks, 1, size, RANK]; scales and offsets dense [blocks, 1, size]
@@ -35,12 +35,12 @@ def latent_kernel(
     PART, LSE,  # [B, HEADS, Q_LEN, splits, RANK] and [..., splits], fp32, dense
     length, start, kept,  # what all rows share
     back, ahead,  # query i sees token j iff -ahead <= i - j < back
+    scale, splits,
     size, recent_size, table_width,
     q_batch, q_head, q_token,
     p_batch, p_head, p_token,  # strides of Q_ROPE
     c_block, c_token,
     r_block, r_token,
-    scale, splits,
     HEADS: tl.constexpr, Q_LEN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -79,11 +79,13 @@ def latent_kernel(
     b_max = tl.full([BLOCK_M], DEAD, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    c_scale, c_offset, r_scale, r_offset = None, None, None, None
+    if QUANT == 0:
+        c_scale, r_scale = None, None
+    if QUANT < 2:
+        c_offset, r_offset = None, None
     b_qsum = tl.sum(b_q.to(tl.float32), 1) if QUANT > 1 else None
     b_psum = tl.sum(b_qp.to(tl.float32), 1) if QUANT > 1 else None
     if PAGE > 0:
-        block = tl.zeros([], tl.int64)
         TABLE += row * table_width
     else:
         block = row
@@ -92,7 +94,9 @@ def latent_kernel(
     LOOSE: tl.constexpr = RING or (PAGE > 0 and PAGE < BLOCK_N)
     o_n = tl.arange(0, BLOCK_N)
     slot = o_n
-    if PAGE > 0 and not LOOSE:
+    if PAGE > 0 and LOOSE:
+        block = tl.zeros([BLOCK_N], tl.int64)
+    elif PAGE > 0:
         block = tl.load(TABLE + (low + before * BLOCK_N) // PAGE, mask=whole > 0, other=0).to(tl.int64)
     for i_n in range(before, before + whole):
         n0 = low + i_n * BLOCK_N
@@ -124,19 +128,19 @@ def latent_kernel(
         n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
         live = (n >= first) & (n < high)
         if PAGE > 0:
-            block, slot = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
-            c_at, r_at, s_at = block * c_block, block * r_block, block * size
+            page, place = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
+            c_from, r_from, s_from = page * c_block, page * r_block, page * size
         else:
-            slot = (n % size if RING else n).to(tl.int64)
-            c_at, r_at, s_at = row * c_block, row * r_block, row * size
-        b_r = load_vectors(R, r_at, slot, r_token, o_p, live, ROPE, BLOCK_P)
-        b_c = load_vectors(C, c_at, slot, c_token, o_r, live, RANK, BLOCK_R).to(b_q.dtype)
+            place = (n % size if RING else n).to(tl.int64)
+            c_from, r_from, s_from = row * c_block, row * r_block, row * size
+        b_r = load_vectors(R, r_from, place, r_token, o_p, live, ROPE, BLOCK_P)
+        b_c = load_vectors(C, c_from, place, c_token, o_r, live, RANK, BLOCK_R).to(b_q.dtype)
         if QUANT > 0:
-            c_scale = tl.load(C_SCALE + s_at + slot, mask=live, other=0.0)
-            r_scale = tl.load(R_SCALE + s_at + slot, mask=live, other=0.0)
+            c_scale = tl.load(C_SCALE + s_from + place, mask=live, other=0.0)
+            r_scale = tl.load(R_SCALE + s_from + place, mask=live, other=0.0)
         if QUANT > 1:
-            c_offset = tl.load(C_OFFSET + s_at + slot, mask=live, other=0.0)
-            r_offset = tl.load(R_OFFSET + s_at + slot, mask=live, other=0.0)
+            c_offset = tl.load(C_OFFSET + s_from + place, mask=live, other=0.0)
+            r_offset = tl.load(R_OFFSET + s_from + place, mask=live, other=0.0)
         b_s = joint_scores(
             b_q, b_qp, b_c, b_r, c_scale, r_scale, c_offset, r_offset, b_qsum, b_psum, scale, QUANT, PRECISION
         )
@@ -150,9 +154,9 @@ def latent_kernel(
         for n0 in tl.range(low, last, BLOCK_N, num_stages=1):
             n = n0 + o_n
             live = n < last
-            slot = n % recent_size
-            b_r = load_vectors(RECENT_R, row * 0, slot, ROPE, o_p, live, ROPE, BLOCK_P)
-            b_c = load_vectors(RECENT_C, row * 0, slot, RANK, o_r, live, RANK, BLOCK_R)
+            fresh_slot = n % recent_size
+            b_r = load_vectors(RECENT_R, row * 0, fresh_slot, ROPE, o_p, live, ROPE, BLOCK_P)
+            b_c = load_vectors(RECENT_C, row * 0, fresh_slot, RANK, o_r, live, RANK, BLOCK_R)
             b_s = joint_scores(b_q, b_qp, b_c, b_r, None, None, None, None, None, None, scale, 0, PRECISION)
             b_s = hide(b_s, b_query, n, live, back, ahead)
             b_max, b_sum, b_acc = attend(b_s, b_c, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)

@@ -1,20 +1,21 @@
-"""The custom operator around the kernel, which is imported when it first runs."""
+"""From stored latents to the kernel, which is imported when it first runs, and the custom operator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.triton.op import merge, parts_of
+from attnzoo.ops.decoding.triton.launch import Launcher
+from attnzoo.ops.decoding.triton.op import merge, parts_for, three
 from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for
 from attnzoo.ops.latent.triton.plan import tiles_for
 from attnzoo.ops.launching import num_multiprocessors
 
 
-@torch.library.custom_op("attnzoo::latent_decode", mutates_args=())
-def latent_op(
+def latent_decode(
     q: Tensor,
     q_rope: Tensor,
     latent: Sequence[Tensor],
@@ -47,10 +48,8 @@ def latent_op(
     Returns:
         `[B, H, Sq, R]`.
     """
-    from attnzoo.ops.latent.triton import kernels
-
     batch, heads, q_len, rank = q.shape
-    rope = q_rope.shape[3]
+    rope, size = q_rope.shape[3], latent[0].shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -60,57 +59,51 @@ def latent_op(
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident
     splits = splits_for(batch * m_tiles, -(-reach // tiles.block_n), slots)
-    part = lse = None
-    if splits > 1:
-        part = q.new_empty(batch, heads, q_len, splits, rank, dtype=torch.float32)
-        lse = q.new_empty(batch, heads, q_len, splits, dtype=torch.float32)
-    kernels.latent_kernel[(m_tiles, splits, batch)](
-        q,
-        q_rope,
-        *parts_of(latent),
-        *parts_of(rope_key),
-        *(recent or (None, None)),
-        table,
-        lengths,
-        starts,
-        kept,
-        out,
-        part,
-        lse,
-        *shared,
-        back,
-        ahead,
-        latent[0].shape[2],
-        recent[0].shape[2] if recent else 0,
-        0 if table is None else table.stride(0),
-        *q.stride()[:3],
-        *q_rope.stride()[:3],
-        latent[0].stride(0),
-        latent[0].stride(2),
-        rope_key[0].stride(0),
-        rope_key[0].stride(2),
-        scale,
-        splits,
-        HEADS=heads,
-        Q_LEN=q_len,
-        RANK=rank,
-        ROPE=rope,
-        SPLIT=splits > 1,
-        PAGE=0 if table is None else latent[0].shape[2],
-        RING=ring,
-        QUANT=len(latent) - 1,
-        RECENT=len(recent) > 0,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_R=max(next_power_of_two(rank), 16),
-        BLOCK_P=max(next_power_of_two(rope), 16),
-        PRECISION="ieee",
+    part, lse = parts_for(out, splits)
+    launcher()(
+        (m_tiles, splits, batch),
+        (
+            *(q, q_rope, *three(latent), *three(rope_key), *(recent or (None, None))),
+            *(table, lengths, starts, kept, out, part, lse),
+        ),
+        (*shared, back, ahead, scale, splits),
+        (
+            *(size, recent[0].shape[2] if recent else 0, 0 if table is None else table.stride(0)),
+            *(*q.stride()[:3], *q_rope.stride()[:3]),
+            *(latent[0].stride(0), latent[0].stride(2), rope_key[0].stride(0), rope_key[0].stride(2)),
+        ),
+        {
+            "HEADS": heads,
+            "Q_LEN": q_len,
+            "RANK": rank,
+            "ROPE": rope,
+            "SPLIT": splits > 1,
+            "PAGE": 0 if table is None else size,
+            "RING": ring,
+            "QUANT": len(latent) - 1,
+            "RECENT": len(recent) > 0,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_R": max(next_power_of_two(rank), 16),
+            "BLOCK_P": max(next_power_of_two(rope), 16),
+            "PRECISION": "ieee",
+        },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    if part is not None and lse is not None:
-        merge(part, lse, None, out)
+    merge(part, lse, None, out)
     return out
+
+
+latent_op = torch.library.custom_op("attnzoo::latent_decode", latent_decode, mutates_args=())
+
+
+@lru_cache(maxsize=1)
+def launcher() -> Launcher:
+    """The kernel's launcher; Triton is imported here, at the first use."""
+    from attnzoo.ops.latent.triton import kernels
+
+    return Launcher(kernels.latent_kernel)
 
 
 @latent_op.register_fake
