@@ -16,11 +16,11 @@ from attnzoo.ops.softmax.triton.tiles import (
     key_range,
     load_rows,
     load_tile,
+    masked,
     nth_partial,
     query_range,
     score,
     sequence,
-    visibility,
 )
 
 
@@ -33,8 +33,8 @@ def query_gradient_kernel(
     d_out,
     lse,  # [B, Hq, Sq]
     d_lse,  # [B, Hq, Sq] or None
-    lse2,  # [B, Hq, Sq], written here: lse times log2(e), +inf for a query that sees no key
-    delta,  # [B, Hq, Sq], written here: rows of d_out times out, less d_lse
+    lse2,  # [B, Hq, stride_rows], written here: lse times log2(e), +inf for a query that sees no key
+    delta,  # [B, Hq, stride_rows], written here: rows of d_out times out, less d_lse
     d_q,
     slopes,
     bias,
@@ -68,6 +68,7 @@ def query_gradient_kernel(
     stride_dqb,
     stride_dqh,
     stride_dqs,
+    stride_rows,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -109,6 +110,7 @@ def query_gradient_kernel(
     head = (program // tiles_each) % heads
     batch = program // tiles_each // heads
     PACKED: tl.constexpr = DOCUMENTS > 0
+    CHOSEN: tl.constexpr = PROGRAM is not None or dense is not None  # keys of one tile, one by one
     number = 0
     if PACKED:
         number, before = document_of(tile, cu_q, documents, BLOCK_M, DOCUMENTS)
@@ -147,23 +149,23 @@ def query_gradient_kernel(
 
             t_row = first + tl.arange(0, BLOCK_M)
             exists = t_row < q_rows
-            q0 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, 0, BLOCK_D, D)
+            rows = (batch.to(tl.int64) * heads + head) * q_len + q_start + t_row * STEP
+            row_lse = tl.load(lse + rows, mask=exists, other=float("-inf")) * LOG2E
+            # A query that sees no key gives nothing back, whatever it is and whatever arrives at it.
+            sees_any = row_lse != float("-inf")
+            row_lse = tl.where(sees_any, row_lse, float("inf"))
+            q0 = load_rows(q_base, first, stride_qs * STEP, sees_any, BLOCK_M, 0, BLOCK_D, D)
             q1 = q0
             if BLOCK_E > 0:
-                q1 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, BLOCK_D, BLOCK_E, D)
-            do = load_rows(do_base, first, stride_dos * STEP, exists, BLOCK_M, 0, BLOCK_DV, DV)
-            o = load_rows(o_base, first, stride_os * STEP, exists, BLOCK_M, 0, BLOCK_DV, DV)
-            rows = (batch.to(tl.int64) * heads + head) * q_len + q_start + t_row * STEP
-            row_lse = tl.load(lse + rows, mask=exists, other=float("inf")) * LOG2E
+                q1 = load_rows(q_base, first, stride_qs * STEP, sees_any, BLOCK_M, BLOCK_D, BLOCK_E, D)
+            do = load_rows(do_base, first, stride_dos * STEP, sees_any, BLOCK_M, 0, BLOCK_DV, DV)
+            o = load_rows(o_base, first, stride_os * STEP, sees_any, BLOCK_M, 0, BLOCK_DV, DV)
             row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             if d_lse is not None:
-                row_delta -= tl.load(d_lse + rows, mask=exists, other=0.0)
-            # A query that sees no key gives nothing back, whatever arrives at it.
-            blind = row_lse == float("-inf")
-            row_delta = tl.where(blind, 0.0, row_delta)
-            row_lse = tl.where(blind, float("inf"), row_lse)
-            tl.store(lse2 + rows, row_lse, mask=exists)
-            tl.store(delta + rows, row_delta, mask=exists)
+                row_delta -= tl.load(d_lse + rows, mask=sees_any, other=0.0)
+            padded = (batch.to(tl.int64) * heads + head) * stride_rows + q_start + t_row * STEP
+            tl.store(lse2 + padded, row_lse, mask=exists)
+            tl.store(delta + padded, row_delta, mask=exists)
             acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
 
@@ -224,39 +226,39 @@ def query_gradient_kernel(
                         k1 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, BLOCK_D, BLOCK_E, D)
                     t = t_row[:, None]
                     u = u_row[None, :]
-                    inside = (t < q_rows) & (u < k_seen)
-                    visible = inside
-                    if MASKED:
-                        visible = visibility(
-                            t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
-                            stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
-                        )  # fmt: skip
-                        if PROGRAM is not None or dense is not None:
-                            seen = tl.max(visible.to(tl.int32), 0)[:, None] > 0
-                            k0 = tl.where(seen, k0, 0.0)
-                            vt = tl.where(seen, vt, 0.0)
-                            if BLOCK_E > 0:
-                                k1 = tl.where(seen, k1, 0.0)
+                    inside = None  # rows and keys that do not exist are zeros here, and give none
+                    if bias is not None or dense is not None:
+                        inside = (t < q_rows) & (u < k_seen)
                     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
                     if BLOCK_E > 0:
                         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-                    dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
+                    if not CHOSEN or not MASKED:
+                        dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)  # runs while p is computed
                     s, bent = score(
                         s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
                         q_start + t * STEP, k_start + u * STEP, inside,
                         softcap is not None, slopes is not None, STEP, FAST,
                     )  # fmt: skip
-                    p = tl.exp2(s - row_lse[:, None])
                     if MASKED:
-                        p = tl.where(visible, p, 0.0)
+                        s = masked(
+                            s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
+                            stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                        )  # fmt: skip
+                        if CHOSEN:
+                            # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
+                            seen = tl.max((s != float("-inf")).to(tl.int32), 0)[:, None] > 0
+                            k0 = tl.where(seen, k0, 0.0)
+                            vt = tl.where(seen, vt, 0.0)
+                            if BLOCK_E > 0:
+                                k1 = tl.where(seen, k1, 0.0)
+                            dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
+                    p = tl.exp2(s - row_lse[:, None])
                     if seed is not None:
                         keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                         dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
                     ds = p * (dp - row_delta[:, None])
                     if softcap is not None:
                         ds *= 1.0 - bent * bent
-                    if MASKED:
-                        ds = tl.where(visible, ds, 0.0)
                     ds = ds.to(k0.dtype)
                     acc0 = tl.dot(ds, k0, acc0, input_precision=PRECISION)
                     if BLOCK_E > 0:
@@ -288,8 +290,10 @@ def key_gradient_kernel(
     cu_q,
     cu_k,
     seed,
-    q_tiles,  # descriptors of q and d_out, or None
+    q_tiles,  # descriptors, or None
     do_tiles,
+    lse2_tiles,
+    delta_tiles,
     tables,
     walk_starts,  # tiles of queries to walk for each tile of keys, or None
     walk_partial,
@@ -313,6 +317,7 @@ def key_gradient_kernel(
     stride_dvb,
     stride_dvh,
     stride_dvs,
+    stride_rows,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -397,7 +402,7 @@ def key_gradient_kernel(
                     if PACKED or STEP > 1:
                         q_base += q_start.to(tl.int64) * stride_qs
                         do_base += q_start.to(tl.int64) * stride_dos
-                    row_base = (batch.to(tl.int64) * heads + head) * q_len + q_start
+                    row_base = (batch.to(tl.int64) * heads + head) * stride_rows + q_start
                     bias_base = bias
                     if bias is not None:
                         bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
@@ -444,10 +449,18 @@ def key_gradient_kernel(
                         else:
                             start = full_lo + n * BLOCK_M
                         t_row = start + tl.arange(0, BLOCK_M)
-                        row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
-                        row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
-                        # A query that sees no key may be NaN, and so may what arrives at its output.
-                        there = row_lse != float("inf") if MASKED else None
+                        there = None
+                        if MASKED:
+                            # A query that sees no key may be NaN, and so may what arrives at its output.
+                            row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
+                            row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
+                            there = row_lse != float("inf")
+                        elif lse2_tiles is None:
+                            row_lse = tl.load(lse2 + row_base + t_row * STEP)
+                            row_delta = tl.load(delta + row_base + t_row * STEP)
+                        else:
+                            row_lse = lse2_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
+                            row_delta = delta_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
                         if MASKED or q_tiles is None:
                             q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
                         else:
@@ -460,7 +473,10 @@ def key_gradient_kernel(
                         if BLOCK_E > 0:
                             q1 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, BLOCK_D, BLOCK_E, D)
                         t = t_row[None, :]
-                        inside = (t < q_rows) & (u < k_seen)
+                        # Rows that do not exist are zeros here and have no part in p; keys that do not are not stored.
+                        inside = None
+                        if bias is not None or dense is not None:
+                            inside = (t < q_rows) & (u < k_seen)
                         s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
                         if BLOCK_E > 0:
                             s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
@@ -470,13 +486,12 @@ def key_gradient_kernel(
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
-                        p = tl.exp2(s - row_lse[None, :])
                         if MASKED:
-                            visible = visibility(
-                                t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
-                                stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                            s = masked(
+                                s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
+                                stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                             )  # fmt: skip
-                            p = tl.where(visible, p, 0.0)
+                        p = tl.exp2(s - row_lse[None, :])
                         dropped = p
                         if seed is not None:
                             keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
@@ -486,8 +501,6 @@ def key_gradient_kernel(
                         ds = p * (dp - row_delta[None, :])
                         if softcap is not None:
                             ds *= 1.0 - bent * bent
-                        if MASKED:
-                            ds = tl.where(visible, ds, 0.0)
                         ds = ds.to(q0.dtype)
                         acc_k0 = tl.dot(ds, q0, acc_k0, input_precision=PRECISION)
                         if BLOCK_E > 0:

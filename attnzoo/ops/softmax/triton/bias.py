@@ -6,7 +6,7 @@ A kernel of its own, as only learned biases pay for it: it computes the scores o
 import triton
 import triton.language as tl
 
-from attnzoo.ops.softmax.triton.tiles import LOG2E, UNSPECIALISED, kept, load_rows, score, visibility
+from attnzoo.ops.softmax.triton.tiles import LOG2E, UNSPECIALISED, kept, load_rows, masked, score
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -36,6 +36,7 @@ def bias_gradient_kernel(
     stride_dob,
     stride_doh,
     stride_dos,
+    stride_rows,
     stride_bias_b,
     stride_bias_h,
     stride_bias_q,
@@ -119,17 +120,17 @@ def bias_gradient_kernel(
             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k, t, u, inside,
             softcap is not None, slopes is not None, 1, FAST,
         )  # fmt: skip
-        visible = visibility(
-            t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q, stride_dense_k,
-            t, u, LEFT, RIGHT,
-        )  # fmt: skip
         rows = (tl.cast(batch, tl.int64) * heads + head) * q_len + t
+        padded = (tl.cast(batch, tl.int64) * heads + head) * stride_rows + t
         row_lse = tl.load(lse + rows, mask=t < q_len, other=float("inf"))
-        row_delta = tl.load(delta + rows, mask=t < q_len, other=0.0)
+        row_delta = tl.load(delta + padded, mask=t < q_len, other=0.0)
         p = tl.exp2(s - row_lse * LOG2E)
         if seed is not None:
             dp = tl.where(kept(seed, batch * heads + head, t, u, dropout_p), dp * (1.0 / (1.0 - dropout_p)), 0.0)
-        acc += tl.where(visible, p * (dp - row_delta), 0.0)
+        acc += masked(
+            p * (dp - row_delta), 0.0, t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
+            stride_dense_q, stride_dense_k, t, u, LEFT, RIGHT,
+        )  # fmt: skip
     base = d_bias + (tl.cast(own_batch, tl.int64) * bias_heads + own_head) * q_len * k_len
     at = base + tl.cast(t, tl.int64) * k_len + u
     tl.store(at, acc.to(d_bias.dtype.element_ty), mask=(t < q_len) & (u < k_len))

@@ -32,8 +32,8 @@ _POINTERS = {
 _OPTIONS = ("sinks", "slopes", "bias", "dense", "key_lengths", "cu_q", "cu_k", "seed", "tables", "walk_classes")
 _WALK = ("walk_starts", "walk_partial", "walk_tiles")
 _PACKED = ("cu_q", "cu_k")
-_COPIED = ("k_tiles", "v_tiles", "q_tiles", "do_tiles")
-_LONGFORMER = ("or", ("sliding_window", 256, 0), ("global_tokens", 0))
+_COPIED = ("k_tiles", "v_tiles", "q_tiles", "do_tiles", "lse2_tiles", "delta_tiles")
+_LONGFORMER = ("or", ("stretch", ("sliding_window", 256, 0)), ("global_tokens", 0))
 
 
 def builds() -> Builds:
@@ -91,7 +91,8 @@ def _build(
         if argument in _COPIED:
             rows = m if argument in ("q_tiles", "do_tiles") else n
             columns = constants["BLOCK_D" if argument in ("q_tiles", "k_tiles") else "BLOCK_DV"]
-            signature[argument] = f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
+            kind = f"fp32[1, {m}]" if argument in ("lse2_tiles", "delta_tiles") else f"{dtype}[1, 1, {rows}, {columns}]"
+            signature[argument] = f"tensordesc<{kind}>"
         absent = argument == "softcap" and not softcap
         absent |= argument in (*_OPTIONS, *_WALK, *_COPIED, "d_lse") and argument not in options
         if absent:

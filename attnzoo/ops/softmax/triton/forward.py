@@ -18,10 +18,10 @@ from attnzoo.ops.softmax.triton.tiles import (
     key_range,
     load_rows,
     load_tile,
+    masked,
     nth_partial,
     score,
     sequence,
-    visibility,
 )
 
 
@@ -197,7 +197,9 @@ def forward_kernel(
                         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
                     t = t_row[:, None]
                     u = u_row[None, :]
-                    inside = (t < q_rows) & (u < k_seen)
+                    inside = u < k_seen
+                    if bias is not None or dense is not None:
+                        inside = inside & (t < q_rows)
                     if not PLAIN:
                         s, _ = score(
                             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
@@ -205,18 +207,17 @@ def forward_kernel(
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
                     if MASKED:
-                        visible = visibility(
-                            t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
-                            stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                        s = masked(
+                            s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
+                            stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
-                        s = tl.where(visible, s, float("-inf"))
                     if MASKED or v_tiles is None:
                         vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
                     else:
                         vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
                     if MASKED and (PROGRAM is not None or dense is not None):
                         # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
-                        seen = tl.max(visible.to(tl.int32), 0)
+                        seen = tl.max((s != float("-inf")).to(tl.int32), 0)
                         vt = tl.where(seen[:, None] > 0, vt, 0.0)
                     if PLAIN:  # the greatest score is the scaled greatest product, which saves a multiplication each
                         higher = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))

@@ -53,13 +53,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out as these are, and delta `[B, Hq, Sq]`, of which those of sinks are made."""
     d_q, d_k, d_v = empty_as(x.q), empty_as(x.k), empty_as(x.v)
-    lse2 = torch.empty_like(lse)
-    delta = torch.empty_like(lse)  # rows of d_out times out, less d_lse
+    # Rows padded, so that the copy engine takes them.
+    rows = -(-lse.shape[2] // 128) * 128
+    lse2, delta = (lse.new_empty(*lse.shape[:2], rows) for _ in range(2))  # rows of d_out times out, less d_lse
     if x.cu_q is not None:
-        for t in (d_q, d_k, d_v, delta):
+        for t in (d_q, d_k, d_v, lse2, delta):
             t.zero_()
     if d_q.numel() == 0 or d_k.numel() == 0:
-        return d_q.zero_(), d_k.zero_(), d_v.zero_(), delta.zero_()
+        return d_q.zero_(), d_k.zero_(), d_v.zero_(), torch.zeros_like(lse)
     x = _with_plain_rows(x)
     d_out = _plain_rows(d_out)
     pattern = pattern_of(x)
@@ -75,6 +76,7 @@ def backward(
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out, d_out, d_q) for stride in t.stride()[:3]),
+        rows,
         *_option_strides(x),
         *_numbers(x, pattern, each),
         **constants,
@@ -87,14 +89,17 @@ def backward(
         *_options(x),
         _descriptor(x.q, tiles.m, constants["BLOCK_D"], pattern),
         _descriptor(d_out, tiles.m, constants["BLOCK_DV"], pattern),
+        _row_descriptor(lse2, tiles.m, pattern),
+        _row_descriptor(delta, tiles.m, pattern),
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=True),
         *(stride for t in (x.q, x.k, x.v, d_out, d_k, d_v) for stride in t.stride()[:3]),
+        rows,
         *_option_strides(x),
         *_numbers(x, pattern, each),
         **constants,
     )
-    return d_q, d_k, d_v, delta
+    return d_q, d_k, d_v, delta[..., : lse.shape[2]]
 
 
 def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape: torch.Size) -> Tensor:
@@ -117,6 +122,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
         *(x.q, x.k, x.v, d_out, lse, delta, d_bias),
         *(x.slopes, x.bias, x.dense, x.key_lengths, pattern.tables, x.seed),
         *(stride for t in (x.q, x.k, x.v, d_out) for stride in t.stride()[:3]),
+        delta.stride(1),
         *_option_strides(x),
         *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
         *(x.scale, x.softcap, x.dropout_p),
@@ -169,6 +175,13 @@ def _descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorD
     if t.data_ptr() % 16 or any(n == 0 or n * size % 16 for n in strides):
         return None
     return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns])
+
+
+def _row_descriptor(t: Tensor, rows: int, pattern: Pattern) -> TensorDescriptor | None:
+    """The same for one number a row, `[B, Hq, padded]`."""
+    if not (interpreted() or capability(t.device.index) >= (9, 0)) or pattern.step > 1:
+        return None
+    return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.stride(1), 1], [1, rows])
 
 
 def _option_strides(x: Arguments) -> tuple[int, ...]:

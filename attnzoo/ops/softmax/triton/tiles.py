@@ -216,10 +216,12 @@ def score(
 
 
 @triton.jit
-def visibility(
+def masked(
+    s,
+    hidden,  # what hidden elements become
     i,
     j,
-    inside,  # whether both exist and the key is no padding
+    inside,  # a condition that holds as well, or None; needed with `dense`
     window,
     ahead,
     PROGRAM: tl.constexpr,
@@ -233,18 +235,19 @@ def visibility(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """Which query of a tile sees which key."""
-    visible = inside
+    """A tile with the elements replaced whose query does not see its key."""
     if RIGHT:
-        visible = visible & (j <= i + ahead)
+        s = tl.where(j <= i + ahead, s, hidden)
     if LEFT:
-        visible = visible & (i - j < window)
+        s = tl.where(i - j < window, s, hidden)
+    if inside is not None:
+        s = tl.where(inside, s, hidden)
     if PROGRAM is not None:
-        visible = visible & sees(PROGRAM, tables, head, i, j)
+        s = tl.where(sees(PROGRAM, tables, head, i, j), s, hidden)
     if dense is not None:
         at = dense + row.to(tl.int64) * stride_dense_q + column.to(tl.int64) * stride_dense_k
-        visible = visible & (tl.load(at, mask=inside, other=0) != 0)
-    return visible
+        s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, hidden)
+    return s
 
 
 @triton.jit
