@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo import __version__
 from attnzoo.bench import gate, report, table
 from attnzoo.bench.cases import Case, cases
 from attnzoo.bench.contestants import Data, Unavailable, draw, prepare
 
-PACKAGES = ("triton", "flash-attn-4", "fa3-fwd", "nvidia-cutlass-dsl", "quack-kernels")
+PACKAGES = ("attnzoo", "triton", "flash-attn-4", "fa3-fwd", "nvidia-cutlass-dsl", "quack-kernels")
 Row = dict[str, Any]
 
 
@@ -61,7 +60,6 @@ def machine(commit: str | None) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
-        "attnzoo": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
