@@ -30,6 +30,8 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.about = old.config, old.layer_idx, about
         self.is_causal = about["causal"]
         self.resid_dropout = getattr(old, "resid_dropout", None)
+        if rate := getattr(old, "residual_dropout", 0.0):
+            self.resid_dropout = nn.Dropout(rate)
         if about["norms"]:
             self.q_norm, self.k_norm = old.q_norm, old.k_norm
 

@@ -41,6 +41,8 @@ def take_place(layer: nn.Module, old: nn.Module) -> None:
     layer.config, layer.layer_idx = old.config, old.layer_idx
     layer.is_causal = bool(getattr(old, "is_causal", True))  # type: ignore[assignment]
     layer.resid_dropout = getattr(old, "resid_dropout", None)  # type: ignore[assignment]
+    if rate := getattr(old, "residual_dropout", 0.0):  # Starcoder2's, a number
+        layer.resid_dropout = nn.Dropout(rate)  # type: ignore[assignment, arg-type]
     layer.train(old.training)
 
 

@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
 }
 GEMMA: dict[str, Any] = COMMON | {"head_dim": 16}
 ALTERNATE = ["sliding_attention", "full_attention"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": COMMON | {"attention_bias": True},
     "mistral": COMMON | {"sliding_window": 5},
@@ -48,6 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": None,
     },
     "gpt_neox": COMMON | {"rotary_pct": 0.5},
+    "granite": COMMON | {"attention_multiplier": 0.3, "attention_bias": True},
+    "mixtral": COMMON | {"sliding_window": 5, "num_local_experts": 2},
+    "nemotron": COMMON | {"partial_rotary_factor": 0.5},
+    "qwen2_moe": COMMON | EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": COMMON | EXPERTS | {"head_dim": 16, "num_key_value_heads": 2},
+    "stablelm": COMMON | {"use_qkv_bias": True},
+    "starcoder2": COMMON | {"sliding_window": 5},
     "gpt_oss": COMMON
     | {"head_dim": 8, "sliding_window": 5, "layer_types": ALTERNATE, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
@@ -66,6 +74,8 @@ def build() -> Callable[..., PreTrainedModel]:
             torch.manual_seed(0)
             config = AutoConfig.for_model(model_type, **(FAMILIES[model_type] | changes))
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+            if config.model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
+                model.set_experts_implementation("eager")  # the default multiplies no fp64
             with torch.no_grad():  # away from the initialisation's zeros and ones, so that every parameter matters
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.1)

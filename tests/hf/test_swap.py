@@ -199,6 +199,16 @@ def test_a_swapped_model_trains_with_checkpointing_as_the_stock_one_does(build, 
         torch.testing.assert_close(grads[1][name], want, atol=1e-5, rtol=1e-3)
 
 
+def test_dropout_behind_the_output_is_kept(build, tokens):
+    model = build("starcoder2", residual_dropout=0.5)
+    attnzoo.swap(model, GQA(num_kv_heads=2))
+    x = torch.randn(1, 3, 32)
+    layer = layers(model)[0]
+    with torch.no_grad():
+        kept = layer.train()(x)[0] != 0
+        assert 0 < kept.sum() < kept.numel() and (layer.eval()(x)[0] != 0).all()
+
+
 def test_packed_documents_in_a_swapped_model_do_not_see_one_another(build):
     model = attnzoo.swap(build("phi3"), GQA(num_kv_heads=2))
     documents = [torch.randint(2, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 11)]
