@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Their layers are called in a way of their own, or do more than the layer that would take their place.
 _CONVERT_ONLY = frozenset(
-    {"bloom", "cohere", "cohere2", "falcon", "gpt_bigcode", "gptj", "olmo", "olmo2", "opt", "smollm3", "t5"}
+    {"bloom", "cohere", "cohere2", "falcon", "gpt_bigcode", "gptj", "olmo", "olmo2", "olmo3", "opt", "smollm3", "t5"}
     | {"bloom_gqa", "opt_gqa", "t5_gqa"}
 )
 
@@ -48,8 +48,9 @@ def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:
     loads without attnzoo.
 
     Args:
-        model: a Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3 (text), Phi, Phi-3, GPT-2 or GPT-NeoX model; an
-            encoder of BERT's family; or any module with `torch.nn.MultiheadAttention` in it, see `TorchAttention`.
+        model: a Llama, Mistral, Mixtral, Qwen2, Qwen3 (with experts or without), Gemma, Gemma2, Gemma3 (text), Phi,
+            Phi-3, Granite, Nemotron, StableLM, Starcoder2, GPT-2 or GPT-NeoX model; an encoder of BERT's family; or any
+            module with `torch.nn.MultiheadAttention` in it, see `TorchAttention`.
         spec: one for all layers, or a list of one a layer (`attnzoo.hf.every`). `num_kv_heads` has to divide the
             layer's KV heads; `mask` takes the place of the layer's own, and a language model's stays causal whatever it
             says.

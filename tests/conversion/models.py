@@ -39,6 +39,7 @@ CONFIGS = {
     "smollm3": GROUPED | {"no_rope_layer_interval": 2},
     "olmo": GROUPED | {"clip_qkv": 0.5},
     "olmo2": GROUPED | {"attention_bias": True},
+    "olmo3": GROUPED | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere": GROUPED | {"use_qk_norm": True, "attention_bias": True},
     "cohere2": GROUPED | {"head_dim": 10, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64},

@@ -150,6 +150,7 @@ FAMILIES = (
     ),
     Separate("olmo", final_norm=None),  # its norms have no weights
     Separate("olmo2", norms="joint"),
+    Separate("olmo3", norms="joint", window="bound_to_rope"),
     Separate("cohere", norms="each", always=False, rope="interleaved"),
     Separate(
         "cohere2",
