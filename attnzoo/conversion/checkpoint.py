@@ -36,10 +36,12 @@ def convert_checkpoint(
 ) -> Path:
     """Convert the checkpoint folder `source` to fewer KV heads (arXiv 2305.13245) and write it as the folder `out`.
 
-    The result is a checkpoint that stock transformers loads: of the same family, or GPTBigCode for GPT-2 with one KV
-    head. Dtypes, biases, tied embeddings, sharding, tokenizer files, chat templates, the generation config and licence
-    files are carried over; config.json says under "attnzoo" where the weights came from. Code in the folder is not: the
-    result is for the stock class. Memory holds one layer's attention or one other tensor at a time.
+    The result is a checkpoint that stock transformers loads: of the same family; of another where that holds it and the
+    own does not (GPT-NeoX and GPT-J become Phi, GPT-2 with one KV head GPTBigCode); or with its code beside the weights
+    (OPT, BLOOM, T5), which `trust_remote_code=True` loads. Dtypes, biases, tied embeddings, sharding, tokenizer files,
+    chat templates, the generation config and licence files are carried over, other code in the folder is not;
+    config.json says under "attnzoo" where the weights came from. Memory holds one layer's attention or one other tensor
+    at a time.
 
     `out` appears whole or not at all, also when the process is killed; see `whole_folder`.
 
@@ -159,7 +161,7 @@ def recorded_config(plan: Plan, old: dict[str, Any], folder: Path, method: str, 
     if code and plan.family.code is None:
         warnings.warn(
             f"{folder} comes with model code of its own ({', '.join(sorted(code))}); it is left behind, and the "
-            f"result is for the {plan.holder.model_type} class of transformers",
+            f"result is of type {plan.holder.model_type}",
             stacklevel=3,
         )
     record = {

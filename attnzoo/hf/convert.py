@@ -65,7 +65,8 @@ def convert(
 ) -> Path | PreTrainedModel:
     """A checkpoint with fewer KV heads that stock transformers loads (arXiv 2305.13245).
 
-    The result is of the same family, or GPTBigCode for GPT-2 with one KV head. A folder is converted shard by shard,
+    The result is of the same family; of another where that holds it and the own does not (GPT-NeoX and GPT-J become
+    Phi, GPT-2 with one KV head GPTBigCode); or comes with its code (OPT, BLOOM, T5), for `trust_remote_code`. A folder is converted shard by shard,
     without loading the model; a model in memory stays as it is, and the result shares no memory with it.
 
     Args:

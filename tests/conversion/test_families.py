@@ -120,7 +120,11 @@ def test_gpt2_features_that_gpt_bigcode_lacks_are_refused(key, value):
         family_for("gpt2").with_kv_heads(config, 1)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "phi3", "qwen2", "qwen3", "gemma2"])
+WINDOWED = ["mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe", "qwen2", "qwen2_moe", "qwen3", "gemma2", "smollm3"]
+TYPED = ("qwen2", "qwen2_moe", "qwen3", "gemma2", "smollm3")
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
 @pytest.mark.parametrize("mask", [SlidingWindow(3), Causal()])
 def test_a_window_in_the_config_is_the_window_of_the_mask(model_type, mask):
     """Changing the config to the mask gives the logits of a model that is run under the mask, written out."""
@@ -135,7 +139,7 @@ def test_a_window_in_the_config_is_the_window_of_the_mask(model_type, mask):
     ids = torch.arange(3, 3 + full)[None]
     # A dictionary of ready masks, one a layer type, is taken as it is; so is a plain tensor where there are no types.
     ready = dict.fromkeys(("full_attention", "sliding_attention"), bias)
-    typed = model_type in ("qwen2", "qwen3", "gemma2")
+    typed = model_type in TYPED
     with torch.no_grad():
         expected = model(ids, attention_mask=ready if typed else bias).logits
         torch.testing.assert_close(converted(ids).logits, expected)
@@ -147,6 +151,8 @@ def test_a_window_in_the_config_is_the_window_of_the_mask(model_type, mask):
         ("llama", SlidingWindow(3)),
         ("gpt2", SlidingWindow(3)),
         ("gemma3_text", Causal()),
+        ("cohere2", SlidingWindow(3)),
+        ("olmo3", Causal()),
         ("mistral", Full()),
         ("mistral", SlidingWindow(3, 2)),
     ],

@@ -96,7 +96,8 @@ class Family(ABC):
         keys = (config, config.get("rope_parameters") or {})
         found = (where.get(key) for where in keys for key in ("partial_rotary_factor", "rotary_pct"))
         part = next((value for value in found if value is not None), self.rotated)
-        return Rotary(int(self.geometry(config).head_dim * part), self.rope)
+        size = int(self.geometry(config).head_dim * part)
+        return Rotary(size + size % 2, self.rope)  # one frequency for every second dimension, which turns two
 
     @abstractmethod
     def geometry(self, config: Config) -> Geometry:
