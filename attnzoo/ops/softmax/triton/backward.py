@@ -101,6 +101,7 @@ def query_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
+    PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -150,10 +151,9 @@ def query_gradient_kernel(
             t_row = first + tl.arange(0, BLOCK_M)
             exists = t_row < q_rows
             rows = (batch.to(tl.int64) * heads + head) * q_len + q_start + t_row * STEP
-            row_lse = tl.load(lse + rows, mask=exists, other=float("-inf")) * LOG2E
             # A query that sees no key gives nothing back, whatever it is and whatever arrives at it.
-            sees_any = row_lse != float("-inf")
-            row_lse = tl.where(sees_any, row_lse, float("inf"))
+            sees_any = tl.load(lse + rows, mask=exists, other=float("-inf")) != float("-inf")
+            row_lse = tl.load(lse + rows, mask=sees_any, other=float("inf")) * LOG2E
             q0 = load_rows(q_base, first, stride_qs * STEP, sees_any, BLOCK_M, 0, BLOCK_D, D)
             q1 = q0
             if BLOCK_E > 0:
@@ -200,7 +200,7 @@ def query_gradient_kernel(
                         end = 0
                     if MASKED:
                         end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
-                for n in tl.range(begin, end):
+                for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
                     if walk_tiles is not None:
                         start = tl.load(walk_tiles + n) * BLOCK_N
                     elif MASKED:
@@ -350,6 +350,7 @@ def key_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
+    PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -441,7 +442,7 @@ def key_gradient_kernel(
                             end = 0
                         if MASKED:
                             end = count_partial(lo, full_lo, full_hi, hi, BLOCK_M)
-                    for n in tl.range(begin, end):
+                    for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
                         if walk_tiles is not None:
                             start = tl.load(walk_tiles + n) * BLOCK_M
                         elif MASKED:

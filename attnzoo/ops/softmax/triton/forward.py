@@ -92,6 +92,7 @@ def forward_kernel(
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
     PLAIN: tl.constexpr,  # nothing is done to the scores but scaling by a positive number
+    PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -173,7 +174,7 @@ def forward_kernel(
                         end = 0
                     if MASKED:
                         end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
-                for n in tl.range(begin, end):
+                for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
                     if walk_tiles is not None:
                         start = tl.load(walk_tiles + n) * BLOCK_N
                     elif MASKED:

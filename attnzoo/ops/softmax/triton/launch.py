@@ -126,7 +126,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
         *_option_strides(x),
         *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
         *(x.scale, x.softcap, x.dropout_p),
-        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP")},
+        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP", "PARTIAL_STAGES")},
     )
     return d_bias.sum_to_size(own).reshape(shape).to(x.bias.dtype)
 
@@ -214,6 +214,7 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
         "LEFT": pattern.left,
         "RIGHT": pattern.right,
         "PROGRAM": pattern.program,
+        "PARTIAL_STAGES": tiles.stages if pattern.program is not None or x.dense is not None else 1,
         "PRECISION": precision(x.q.dtype),
         "FAST": x.q.dtype == torch.bfloat16 and not interpreted(),
         "num_warps": tiles.warps,
