@@ -66,8 +66,9 @@ def convert(
     """A checkpoint with fewer KV heads that stock transformers loads (arXiv 2305.13245).
 
     The result is of the same family; of another where that holds it and the own does not (GPT-NeoX and GPT-J become
-    Phi, GPT-2 with one KV head GPTBigCode); or comes with its code (OPT, BLOOM, T5), for `trust_remote_code`. A folder is converted shard by shard,
-    without loading the model; a model in memory stays as it is, and the result shares no memory with it.
+    Phi, GPT-2 with one KV head GPTBigCode); or comes with its code (OPT, BLOOM, T5), for `trust_remote_code`. A folder
+    is converted shard by shard, without loading the model; a model in memory stays as it is, and the result shares no
+    memory with it.
 
     Args:
         source: a checkpoint folder with config.json and safetensors, or a transformers model.
