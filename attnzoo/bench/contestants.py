@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -103,9 +104,11 @@ def _sdpa(which: str, case: Case, data: Data) -> Callable[[], Tensor]:
 def _flex(case: Case, data: Data) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._functorch.config.donated_buffer = False  # a backward is timed over and over on one graph
     torch._dynamo.reset()  # at its recompile limit it would fall back to a dense kernel without a word
     q, k, v = (t.transpose(1, 2) for t in data[:3])
-    blocks = torch.compile(create_block_mask)(flex_mask(case), None, None, case.length, case.length, device="cuda")
+    make = create_block_mask if case.length <= 16384 else torch.compile(create_block_mask)  # written out, or not
+    blocks = make(flex_mask(case), None, None, case.length, case.length, device="cuda")
     flex = torch.compile(flex_attention, dynamic=False)
     grouped = case.q_heads != case.k_heads
     return lambda: flex(q, k, v, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)  # type: ignore[union-attr]

@@ -110,15 +110,15 @@ def _time(
         trains = not name.endswith(("fa3", "fa3-fwd"))
         with torch.set_grad_enabled(trains):
             out = forward()
+        found: dict[str, Tensor] = {"out": out}
+        if trains:
+            grads = torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)
+            found |= dict(zip(("dq", "dk", "dv", "dsinks"), grads, strict=False))
+        torch.cuda.synchronize()
     except Unavailable as why:
         return {"unavailable": str(why)}
     except Exception as error:  # what a peer cannot do is a fact worth a row
         return {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    found: dict[str, Tensor] = {"out": out}
-    if trains:
-        grads = torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)
-        found |= dict(zip(("dq", "dk", "dv", "dsinks"), grads, strict=False))
-    torch.cuda.synchronize()
     row: dict[str, Any] = {"first_call_s": round(time.perf_counter() - first, 2)}
     if case.dropout_p == 0:
         ratio, where = gate.worst(gate.same_head(case, found), plain, truth)
@@ -167,7 +167,8 @@ def _peak(case: Case, data: Data, forward: Callable[[], Tensor]) -> dict[str, fl
 def _warm_in_processes(suites: tuple[str, ...], jobs: int) -> None:
     """Have the kernels that compile on first use compiled by several processes at once, into the caches on disk."""
     command = [sys.executable, "-m", "attnzoo.bench.warm", *suites, "--share"]
-    share = [subprocess.Popen([*command, f"{n}/{jobs}"], stdout=subprocess.DEVNULL) for n in range(jobs)]
+    alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # each would start as many as there are cores
+    share = [subprocess.Popen([*command, f"{n}/{jobs}"], stdout=subprocess.DEVNULL, env=alone) for n in range(jobs)]
     for process in share:
         process.wait()
 

@@ -60,6 +60,13 @@ def mask_from_text(text: str) -> Mask:
     return mask_from_dict(json.loads(text))
 
 
+@torch.compiler.assume_constant_result
+def globally_deterministic() -> bool:
+    """Whether all of PyTorch is told to be deterministic, and not only to warn; compiled graphs are guarded by it."""
+    on = torch.are_deterministic_algorithms_enabled()
+    return on and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def window(mask: Mask | Tensor) -> tuple[int, int]:
     """Keys before and after its own that a query sees of a full, causal or windowed mask; -1 for all of them."""
     if isinstance(mask, SlidingWindow):

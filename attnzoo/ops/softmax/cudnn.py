@@ -35,9 +35,15 @@ def reasons(call: Call) -> list[str]:
         out.append("is not deterministic")
     if call.q.device.type == "cuda" and capability(call.q.device.index) < (9, 0):
         out.append("needs compute capability 9.0")
-    if call.q.device.type == "cuda" and not torch.backends.cudnn.is_available():
+    if call.q.device.type == "cuda" and not available():
         out.append("needs a PyTorch with cuDNN")
     return out
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether this PyTorch was built with cuDNN."""
+    return torch.backends.cudnn.is_available()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:

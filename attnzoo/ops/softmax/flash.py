@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.masks import Full
 from attnzoo.ops.launching import capability
-from attnzoo.ops.softmax.common import Call, extra_reasons, inner_contiguous, window
+from attnzoo.ops.softmax.common import Call, extra_reasons, globally_deterministic, inner_contiguous, window
 
 _forward = torch.ops.aten._flash_attention_forward.default
 
@@ -28,10 +28,8 @@ def reasons(call: Call) -> list[str]:
         out.append("leaves queries before the first key undefined")
     if call.return_lse and call.trains:
         out.append("has no gradient of the logsumexp")
-    if call.deterministic and call.trains and not torch.are_deterministic_algorithms_enabled():
+    if call.deterministic and call.trains and not globally_deterministic():
         out.append("is deterministic only under torch.use_deterministic_algorithms(True)")
-    if torch.is_deterministic_algorithms_warn_only_enabled() and call.deterministic and call.trains:
-        out.append("is not deterministic under warn_only")
     if call.q.device.type == "cuda" and capability(call.q.device.index) < (8, 0):
         out.append("needs compute capability 8.0")
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from attnzoo.masks import Causal, Full, SlidingWindow
-from attnzoo.ops.softmax.common import HALF, Call, inner_contiguous, window, without_tails
+from attnzoo.ops.softmax.common import HALF, Call, globally_deterministic, inner_contiguous, window, without_tails
 
 _ASK_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 groups heads unasked
 
@@ -39,7 +39,7 @@ def reasons(call: Call) -> list[str]:
         out.append(f"is not known to be linear in memory on {call.q.device.type}")
     if call.q.device.type == "cpu" and call.dropout_p > 0:
         out.append("has no fused dropout on a CPU")
-    if call.deterministic and call.trains and call.q.device.type != "cpu" and not _globally_deterministic():
+    if call.deterministic and call.trains and call.q.device.type != "cpu" and not globally_deterministic():
         out.append("is deterministic only under torch.use_deterministic_algorithms(True)")
     return out + (_packed_reasons(call) if call.packed else _padded_reasons(call))
 
@@ -56,11 +56,6 @@ def _bias_reasons(call: Call, bias: Tensor) -> list[str]:
     if wants_gradient and bias.shape != (*call.q.shape[:3], call.k.shape[2]):
         out.append("writes the gradient of a bias out for every query, head and batch that share it")
     return out
-
-
-def _globally_deterministic() -> bool:
-    on = torch.are_deterministic_algorithms_enabled()
-    return on and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _padded_reasons(call: Call) -> list[str]:
