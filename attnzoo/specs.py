@@ -114,6 +114,8 @@ class MLA(Spec):
         qk_rope_head_dim: size of the part that is rotated, even; its key is shared by all heads.
         v_head_dim: size of a head's values.
         q_lora_rank: size of the queries' latent.
+        rope_frequencies: for a model whose attention becomes this: which of its frequencies the rope part keeps, as
+            rising indices, `qk_rope_head_dim / 2` of them. One that is there twice keeps more of itself.
         mask: which query sees which key.
     """
 
@@ -123,6 +125,7 @@ class MLA(Spec):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
+    rope_frequencies: Sequence[int] | None = None
     mask: Mask | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +135,11 @@ class MLA(Spec):
                 raise ValueError(f"{name} must be a positive integer or None, got {size!r}")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.rope_frequencies is not None:
+            planes = tuple(self.rope_frequencies)
+            if not all(isinstance(f, int) and not isinstance(f, bool) and f >= 0 for f in planes):
+                raise ValueError(f"rope_frequencies must be indices from 0 on or None, got {list(planes)}")
+            object.__setattr__(self, "rope_frequencies", planes)  # hashable, also from YAML
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise ValueError(f"mask must be one of attnzoo.masks or None, got {self.mask!r}")
 

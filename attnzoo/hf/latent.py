@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from attnzoo.conversion.families import Family, Geometry, Projections
+from attnzoo.conversion.latent import RopePart
 from attnzoo.hf.attention import masked_attention, refuse_unsupported
-from attnzoo.hf.latent_weights import factored, rotating_pairs
+from attnzoo.hf.latent_weights import factored
 from attnzoo.hf.layers import narrowed, offsets
 from attnzoo.hf.weights import check_implementation, dropout_of, own_cache, scale_of, softcap_of, take_place
 from attnzoo.layers import MultiHeadLatentAttention
@@ -32,7 +34,7 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         trained: bool; any weight that is trained lets all of the new ones be.
         family, geometry: where they come from.
         spec: with all sizes.
-        rotary_dim: leading dimensions of a head that the model rotates; 0: none.
+        rope: what rotates, before and after.
         mask: which query sees which key.
         narrower: whether `mask` hides keys that the model's own mask shows.
     """
@@ -48,7 +50,7 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         family: Family,
         geometry: Geometry,
         spec: MLA,
-        rotary_dim: int,
+        rope: RopePart,
         *,
         mask: Mask,
         narrower: bool,
@@ -70,22 +72,13 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
             )
         self.geometry, self.spec, self.narrower, self.softcap = geometry, spec, narrower, softcap_of(old, family)
         take_place(self, old)
-        self.pairs = rotating_pairs(spec.qk_rope_head_dim, rotary_dim) if rotary_dim else None
-        norms = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
-        weights = factored(projections, norms, spec, rotary_dim)
+        self.pairs = list(rope.planes) if rope.rotary_dim else None
+        gains = [_gain(getattr(old, name, None)) for name in ("q_norm", "k_norm")]
+        weights = factored(replace(projections, q_norm=gains[0], k_norm=gains[1]), spec, rope, self.scale)
         trains = any(bool(t[(0,) * t.ndim]) for t in vars(trained).values() if t is not None and not t.is_meta)
-        queries = "q_proj" if spec.q_lora_rank is None else "q_b_proj"
-        for name, weight, bias in (
-            (queries, weights.q, weights.q_bias),
-            ("q_a_proj", weights.q_down, None),
-            ("kv_a_proj_with_mqa", weights.kv_down, weights.kv_down_bias),
-            ("kv_b_proj", weights.kv_up, None),
-            ("o_proj", weights.o, weights.o_bias),
-        ):
-            if weight is not None:
-                linear = getattr(self, name)
-                linear.weight = nn.Parameter(weight.contiguous(), requires_grad=trains)
-                linear.bias = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=trains)
+        for name, tensor in weights.named().items():
+            linear, _, kind = name.partition(".")
+            setattr(getattr(self, linear), kind, nn.Parameter(tensor, requires_grad=trains))
 
     def forward(  # type: ignore[override]
         self,
@@ -136,3 +129,11 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         )
         out = self.merge(self.unabsorb(out[..., : self.kv_lora_rank]) if absorbed else out)
         return (out if self.resid_dropout is None else self.resid_dropout(out)), None
+
+
+def _gain(norm: nn.Module | None) -> Tensor | None:
+    """What a per-head norm multiplies a normalised head with."""
+    if norm is None:
+        return None
+    with torch.no_grad():
+        return norm(torch.ones_like(next(norm.parameters()))).detach()  # type: ignore[no-any-return]

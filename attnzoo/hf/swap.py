@@ -16,6 +16,7 @@ from attnzoo.conversion.families import known as known_families
 from attnzoo.hf.auto import hold, release, stock_type
 from attnzoo.hf.encoders import ENCODERS
 from attnzoo.hf.latent import SwappedLatentAttention
+from attnzoo.hf.latent_weights import rope_of
 from attnzoo.hf.layers import SwappedAttention
 from attnzoo.hf.linear import SwappedLinearAttention
 from attnzoo.hf.plan import Plan, heads_of, make_plan, one_a_layer
@@ -72,7 +73,7 @@ def swap(model: Model, spec: Spec | Sequence[Spec]) -> Model:
     old = [model.get_submodule(paths(layer)) for layer in range(geometry.num_layers)]
     rotary_dim = rotated(model)
     plan = make_plan(family, config, specs, old, rotary_dim)
-    new = [_layer(layer, number, geometry, family, plan, rotary_dim) for number, layer in enumerate(old)]
+    new = [_layer(layer, number, geometry, family, plan, model) for number, layer in enumerate(old)]
 
     for number, layer in enumerate(new):
         _put(model, paths(number), layer, plan, number)
@@ -134,7 +135,9 @@ def _put(model: nn.Module, path: str, layer: nn.Module, plan: Plan, number: int)
     setattr(model.get_submodule(parent), name, layer)
 
 
-def _layer(old: nn.Module, number: int, geometry: Geometry, family: Family, plan: Plan, rotary_dim: int) -> nn.Module:
+def _layer(
+    old: nn.Module, number: int, geometry: Geometry, family: Family, plan: Plan, model: PreTrainedModel
+) -> nn.Module:
     spec, mask = plan.specs[number], plan.masks[number]
     if isinstance(old, SwappedLatentAttention) or (isinstance(old, SwappedLinearAttention) and old.spec == spec):
         return old
@@ -149,9 +152,8 @@ def _layer(old: nn.Module, number: int, geometry: Geometry, family: Family, plan
     if isinstance(spec, Linear):
         return SwappedLinearAttention(old, parts, trained, family, sizes, spec)
     if isinstance(spec, MLA):
-        return SwappedLatentAttention(
-            old, parts, trained, family, sizes, spec, rotary_dim, mask=mask, narrower=plan.narrower
-        )
+        rope = rope_of(model, spec.rope_frequencies or ())
+        return SwappedLatentAttention(old, parts, trained, family, sizes, spec, rope, mask=mask, narrower=plan.narrower)
     return SwappedAttention(
         old, parts, trained, family, sizes, mask=mask, narrower=plan.narrower, stock=plan.stock[number]
     )
