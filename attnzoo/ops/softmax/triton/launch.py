@@ -14,7 +14,8 @@ from attnzoo.ops.softmax.triton import config
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
-from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, Tiles, head_blocks, pattern_of, precision, walk_of
+from attnzoo.ops.softmax.triton.config import Tiles
+from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, head_blocks, pattern_of, precision, size_of, walk_of
 
 
 def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
         return out, lse
     x = _with_plain_rows(x)
     pattern = pattern_of(x)
-    tiles = tiles or config.forward_tiles(x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
+    tiles = tiles or config.forward_tiles(size_of(x, pattern, _capability(x)))
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
     plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
     constants = _constants(x, pattern, tiles)
@@ -64,8 +65,8 @@ def backward(
     x = _with_plain_rows(x)
     d_out = _plain_rows(d_out)
     pattern = pattern_of(x)
-    sizes = (x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
-    tiles = config.query_gradient_tiles(*sizes)
+    size = size_of(x, pattern, _capability(x))
+    tiles = config.query_gradient_tiles(size)
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
     constants = _constants(x, pattern, tiles)
     query_gradient_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
@@ -81,7 +82,7 @@ def backward(
         *_numbers(x, pattern, each),
         **constants,
     )
-    tiles = config.key_gradient_tiles(*sizes)
+    tiles = config.key_gradient_tiles(size)
     each = _tiles_each(x, pattern, x.k.shape[2], tiles.n)
     constants = _constants(x, pattern, tiles)
     key_gradient_kernel[(each * x.k.shape[0] * x.k.shape[1],)](
@@ -115,7 +116,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     if d_bias.numel() == 0 or x.q.shape[0] == 0:
         return d_bias.zero_().sum_to_size(own).reshape(shape).to(x.bias.dtype)
     pattern = pattern_of(x, split=False)
-    tiles = config.query_gradient_tiles(x.q.shape[-1], x.v.shape[-1], x.q.dtype, _capability(x))
+    tiles = config.query_gradient_tiles(size_of(x, pattern, _capability(x)))
     constants = _constants(x, pattern, tiles)
     grid = own[0] * own[1] * -(-x.q.shape[2] // tiles.m) * -(-x.k.shape[2] // tiles.n)
     bias_gradient_kernel[(grid,)](

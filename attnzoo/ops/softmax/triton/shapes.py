@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
 from attnzoo.ops.softmax.triton import patterns, walks
+from attnzoo.ops.softmax.triton.config import Size, Tiles
 
 
 class Arguments(NamedTuple):
@@ -33,15 +34,6 @@ class Arguments(NamedTuple):
     @property
     def group(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
-
-
-class Tiles(NamedTuple):
-    """How a kernel cuts its work: rows of queries and of keys in a tile, warps, and stages of its pipeline."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
 
 
 class Pattern(NamedTuple):
@@ -72,6 +64,14 @@ def pattern_of(x: Arguments, *, split: bool = True) -> Pattern:
     program, tables = patterns.lower(mask, x.q.shape[1], x.q.shape[2], x.k.shape[2], x.q.device)
     # Documents' lengths are only known on the device, so that no list of tiles can be made for them.
     return Pattern(False, mask.causal, 0, 0, 1, program, tables, x.cu_q is None)
+
+
+def size_of(x: Arguments, pattern: Pattern, capability: tuple[int, int]) -> Size:
+    """What decides the tiles."""
+    reach = -(-x.k.shape[2] // pattern.step)
+    if pattern.left and pattern.right:
+        reach = min(reach, pattern.window + pattern.ahead)
+    return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach)
 
 
 def walk_of(x: Arguments, pattern: Pattern, tiles: Tiles, *, by_keys: bool) -> tuple[Tensor | None, ...]:
