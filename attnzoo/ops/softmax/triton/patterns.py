@@ -1,11 +1,13 @@
 """A mask as the kernels read it: its structure, which they are compiled for, and its data, which they look up.
 
-The structure is a program, a nested tuple such as `("and", ("documents", 0), ("sliding_window", 1024, 0))`, in which a
-model's fixed numbers stand themselves. What changes from batch to batch (documents, global tokens, lengths) stands in
-tables, and the program only says in which slot, so that new documents never compile a kernel again.
+The structure is a program, a nested tuple such as `("and", ("stretch", ("causal",)), ("random_blocks", 0, 64, 3))`, in
+which a model's fixed numbers stand themselves. What changes from batch to batch (documents, global tokens, lengths)
+stands in tables, and the program only says in which slot, so that new documents never compile a kernel again.
+
+What a query sees is often one stretch of neighbouring keys, and then what sees a key is a stretch of queries. All that
+stands inside a `stretch` is such: a kernel finds both ends once a row, and compares each pair with these alone.
 
 All tables lie in one tensor. It starts with two numbers a slot: where the slot's table starts, and how long it is.
-A table has one number a position, or a block of them; beyond its ends, before position 0 too, stands -1.
 
 A mask that differs by head becomes `("per_head", programs)`. Table 0 then has two numbers a head: which of the programs
 it runs, and which slot that program calls its slot 0. Heads that differ in their data alone share a program.
@@ -14,6 +16,7 @@ it runs, and which slot that program calls its slot 0. Heads that differ in thei
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +41,7 @@ from attnzoo.ops.softmax.triton.kept import Kept, upload
 
 Program = tuple[Any, ...]
 
-FAR = 1 << 30  # further than positions reach; twice that is still an int32
+FAR = 1 << 29  # further than positions reach, so that sums of a few are still an int32
 
 
 class Pattern(NamedTuple):
@@ -159,63 +162,89 @@ def _per_head(classes: list[Mask], class_of_head: list[int], length: int, tables
 
 def _program(mask: Mask, length: int, tables: _Tables) -> Program:
     """The program of a mask of one head over so many positions, or blocks of them."""
+    stretches, others = _asked(mask, length, tables)
+    whole: list[Program] = [("stretch", _all_of(stretches or [("full",)]))] if stretches or not others else []
+    return _all_of([*whole, *others])
+
+
+def _all_of(programs: list[Program]) -> Program:
+    return reduce(lambda first, second: ("and", first, second), programs)
+
+
+_Asked = tuple[list[Program], list[Program]]  # what must hold, all of it: stretches, and programs of other kinds
+
+
+def _asked(mask: Mask, length: int, tables: _Tables) -> _Asked:
     lowered = _LOWERED.get(type(mask))
     if lowered is None:
         raise TypeError("; ".join(reasons(mask)))
-    return mask.pattern, *lowered(mask, length, tables)
+    return lowered(mask, length, tables)
 
 
-def _pair(mask: And | Or, length: int, tables: _Tables) -> Program:
-    return _program(mask.first, length, tables), _program(mask.second, length, tables)
+def _and(mask: And, length: int, tables: _Tables) -> _Asked:
+    first, second = _asked(mask.first, length, tables), _asked(mask.second, length, tables)
+    return first[0] + second[0], first[1] + second[1]
 
 
-def _blockwise(mask: Blockwise, length: int, tables: _Tables) -> Program:
-    return min(mask.block, FAR), _program(mask.mask, -(-length // mask.block), tables)
+def _or(mask: Or, length: int, tables: _Tables) -> _Asked:
+    return [], [("or", _program(mask.first, length, tables), _program(mask.second, length, tables))]
 
 
-def _dilated(mask: Dilated, length: int, tables: _Tables) -> Program:
-    """The first distance that is seen, the first that is no longer, and the step between them."""
-    first, end = -mask.ahead * mask.dilation, mask.window * mask.dilation
-    return max(first, -FAR), min(end, FAR), min(mask.dilation, FAR)
+def _blockwise(mask: Blockwise, length: int, tables: _Tables) -> _Asked:
+    asked = _asked(mask.mask, -(-length // mask.block), tables)
+    stretches, others = ([("blockwise", min(mask.block, FAR), _all_of(part))] if part else [] for part in asked)
+    return stretches, others
 
 
-def _documents(mask: Documents, length: int, tables: _Tables) -> Program:
-    def number_of_each_position() -> np.ndarray:
+def _dilated(mask: Dilated, length: int, tables: _Tables) -> _Asked:
+    window, ahead = (mask.window - 1) * mask.dilation + 1, mask.ahead * mask.dilation
+    return [_sliding_window(window, ahead)], [("every", min(mask.dilation, FAR))] if mask.dilation > 1 else []
+
+
+def _sliding_window(window: int, ahead: int) -> Program:
+    return "sliding_window", min(window, FAR), min(ahead, FAR)
+
+
+def _documents(mask: Documents, length: int, tables: _Tables) -> _Asked:
+    def first_and_last_of_each_position() -> np.ndarray:  # [positions * 2]
         bounds = np.minimum(np.array(mask.cu_seqlens), length)
-        return np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
+        ends = np.stack([bounds[:-1], bounds[1:] - 1], axis=-1)
+        return np.repeat(ends, np.diff(bounds), axis=0).ravel()
 
-    return (tables.slot(mask, length, number_of_each_position),)
+    return [("documents", tables.slot(mask, length, first_and_last_of_each_position))], []
 
 
-def _global_tokens(mask: GlobalTokens, length: int, tables: _Tables) -> Program:
+def _global_tokens(mask: GlobalTokens, length: int, tables: _Tables) -> _Asked:
     def whether_each_position_is_one() -> np.ndarray:
-        if isinstance(mask.tokens, int):
-            return np.ones(min(mask.tokens, length), dtype=np.int32)
         tokens = np.array(mask.tokens)
         return np.bincount(tokens[tokens < length])
 
-    return (tables.slot(mask, length, whether_each_position_is_one),)
+    if isinstance(mask.tokens, int):
+        number = min(mask.tokens, FAR)
+        return [], [("first_tokens", tables.slot(mask, length, lambda: np.array([number])))]
+    return [], [("global_tokens", tables.slot(mask, length, whether_each_position_is_one))]
 
 
-def _random_blocks(mask: RandomBlocks, length: int, tables: _Tables) -> Program:
+def _random_blocks(mask: RandomBlocks, length: int, tables: _Tables) -> _Asked:
     def drawn_for_each_block() -> np.ndarray:  # [blocks * per_row]
         rows = torch.arange(-(-length // mask.block))
         drawn = [mask.drawn(rows, stretch) for stretch in range(mask.per_row)]
         return torch.stack(drawn, dim=-1).numpy().ravel() if drawn else np.empty(0)
 
-    return tables.slot(mask, length, drawn_for_each_block), min(mask.block, FAR), mask.per_row
+    slot = tables.slot(mask, length, drawn_for_each_block)
+    return [], [("random_blocks", slot, min(mask.block, FAR), mask.per_row)]
 
 
-_LOWERED: dict[type[Mask], Callable[[Any, int, _Tables], Program]] = {
-    And: _pair,
+_LOWERED: dict[type[Mask], Callable[[Any, int, _Tables], _Asked]] = {
+    And: _and,
     Blockwise: _blockwise,
-    Causal: lambda mask, length, tables: (),
+    Causal: lambda mask, length, tables: ([("causal",)], []),
     Dilated: _dilated,
     Documents: _documents,
-    Full: lambda mask, length, tables: (),
+    Full: lambda mask, length, tables: ([], []),
     GlobalTokens: _global_tokens,
-    Or: _pair,
-    PerHead: lambda mask, length, tables: (),  # `_lower` takes it apart
+    Or: _or,
+    PerHead: lambda mask, length, tables: ([], []),  # `_lower` has taken it apart
     RandomBlocks: _random_blocks,
-    SlidingWindow: lambda mask, length, tables: (min(mask.window, FAR), min(mask.ahead, FAR)),
+    SlidingWindow: lambda mask, length, tables: ([_sliding_window(mask.window, mask.ahead)], []),
 }
