@@ -22,6 +22,7 @@ from attnzoo.conversion.merge import check_method
 from attnzoo.conversion.plan import Plan, make_plan
 from attnzoo.conversion.shards import FLOATS, Entry, Shard
 from attnzoo.hf.auto import SwappedModel
+from attnzoo.hf.latent_convert import convert_latent, wants_latent
 from attnzoo.specs import Spec
 
 _BEST = "mean"  # what method="auto" is
@@ -66,13 +67,13 @@ def convert(
     """A checkpoint with fewer KV heads that stock transformers loads (arXiv 2305.13245).
 
     The result is of the same family; of another where that holds it and the own does not (GPT-NeoX and GPT-J become
-    Phi, GPT-2 with one KV head GPTBigCode); or comes with its code (OPT, BLOOM, T5), for `trust_remote_code`. A folder
-    is converted shard by shard, without loading the model; a model in memory stays as it is, and the result shares no
-    memory with it.
+    Phi, GPT-2 with one KV head GPTBigCode); or comes with its code (OPT, BLOOM, T5, other
+    GPT-2), for `trust_remote_code`. A folder is converted shard by shard, without loading the model; a model in memory
+    stays as it is, and the result shares no memory with it.
 
     Args:
         source: a checkpoint folder with config.json and safetensors, or a transformers model.
-        spec: a GQA, or a list of equal ones, one a layer.
+        spec: a GQA, or a list of equal ones, one a layer; or an MLA, see `attnzoo.hf.latent_convert.convert_latent`.
         method: `mean`, `first` or `random`; "auto" is `mean`.
         calibration: None; no method needs data yet.
         out: the folder to write; needed for a folder. It appears whole or not at all.
@@ -86,6 +87,8 @@ def convert(
         ValueError: for anything wrong with the source or the request, before anything is written; `Refusal` where no
             stock class holds the result, saying what could.
     """
+    if wants_latent(spec):
+        return convert_latent(source, spec, method=method, calibration=calibration, out=out, overwrite=overwrite)
     if calibration is not None:
         raise ValueError(
             f"calibration must be None: none of the methods {', '.join(METHODS)} uses data; "

@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Their layers are called in a way of their own, or do more than the layer that would take their place.
 _CONVERT_ONLY = frozenset(
     {"bloom", "cohere", "cohere2", "falcon", "gpt_bigcode", "gptj", "olmo", "olmo2", "olmo3", "opt", "smollm3", "t5"}
-    | {"bloom_gqa", "opt_gqa", "t5_gqa"}
+    | {"bloom_gqa", "gpt2_gqa", "opt_gqa", "t5_gqa"}
 )
 
 

@@ -100,7 +100,6 @@ def test_a_swapped_model_that_was_trained_is_exported_by_convert(build, tokens, 
         ("llama", GQA(1, mask=SlidingWindow(4)), {}, Refusal, "sliding window"),
         ("llama", GQA(1), {"calibration": [1]}, ValueError, "calibration"),
         ("llama", GQA(1), {"method": "svd"}, ValueError, "mean, first, random"),
-        ("gpt2", GQA(2), {}, Refusal, "GPTBigCode"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_and_writes_nothing(

@@ -1,4 +1,8 @@
-"""GPT-2: `c_attn` is a Conv1D `[in, 3 * dim]` with columns q | k | v; one KV head is GPTBigCode's multi-query form."""
+"""GPT-2: `c_attn` is a Conv1D `[in, out]` with columns q | k | v.
+
+One KV head is GPTBigCode's multi-query form; other numbers come with code, as no stock class that learns positions has
+them.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,6 +11,7 @@ from torch import Tensor
 
 from attnzoo.conversion.errors import ConversionError, Refusal
 from attnzoo.conversion.families.base import Config, Family, Geometry, Move, Projections, shaped, whole
+from attnzoo.conversion.families.code import Code
 
 # Both classes have these heads, computed alike.
 _ARCHITECTURES = {
@@ -28,7 +33,6 @@ def gpt2_geometry(config: Config, kv_heads: int | None = None) -> Geometry:
 class GPT2(Family):
     """`c_attn` and `c_proj`, stored `[in, out]`; always biases."""
 
-    model_type = "gpt2"
     base = "transformer."
     attention = "h.{layer}.attn"
     outside = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
@@ -36,18 +40,23 @@ class GPT2(Family):
     buffers = ("bias", "masked_bias")
     rope = None
 
+    def __init__(self, model_type: str, code: Code | None = None) -> None:
+        self.model_type, self.code = model_type, code
+
     def geometry(self, config: Config) -> Geometry:
-        return gpt2_geometry(config)
+        return gpt2_geometry(config, whole(config, "num_key_value_heads") if self.code else None)
 
     def split(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> Projections:
         self.check_names(tensors)
-        h, d, dim = geometry.num_heads, geometry.head_dim, geometry.dim
-        weight = shaped(tensors, "c_attn.weight", dim, 3, h, d, stored=(dim, 3 * dim))
-        bias = shaped(tensors, "c_attn.bias", 3, h, d, stored=(3 * dim,))
-        o = shaped(tensors, "c_proj.weight", h, d, dim)
+        g = geometry
+        heads = (g.num_heads, g.num_kv_heads, g.num_kv_heads)
+        rows, d, dim = sum(heads), g.head_dim, g.dim
+        weight = shaped(tensors, "c_attn.weight", dim, rows, d, stored=(dim, rows * d))
+        biases = shaped(tensors, "c_attn.bias", rows, d).split(heads)
+        o = shaped(tensors, "c_proj.weight", g.num_heads, d, dim)
         o_bias = shaped(tensors, "c_proj.bias", dim)
-        q, k, v = weight.permute(1, 2, 3, 0)
-        return Projections(q, k, v, o.permute(2, 0, 1), bias[0], bias[1], bias[2], o_bias)
+        q, k, v = weight.permute(1, 2, 0).split(heads)
+        return Projections(q, k, v, o.permute(2, 0, 1), biases[0], biases[1], biases[2], o_bias)
 
     def join(self, projections: Projections, geometry: Geometry) -> dict[str, Tensor]:
         p = projections
@@ -59,16 +68,17 @@ class GPT2(Family):
         }
 
     def _hold_kv_heads(self, config: Config, num_kv_heads: int) -> Config:
-        if num_kv_heads != 1:
+        if self.code:
+            return config | {"num_key_value_heads": num_kv_heads}
+        if config.get("add_cross_attention"):
             raise Refusal(
-                f"no stock class holds GPT-2 with num_kv_heads={num_kv_heads}: GPT-2 has none to set, and GPTBigCode "
-                "holds num_kv_heads=1 alone; attnzoo.swap holds it in memory"
+                "neither GPTBigCode nor the code that is written beside the weights holds GPT-2 with add_cross_attention "
+                "and fewer KV heads"
             )
+        if num_kv_heads > 1 or config.get("scale_attn_by_inverse_layer_idx"):
+            return CODE.describe(config, "gpt2_gqa") | {"num_key_value_heads": num_kv_heads}
         for key in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
-            if config.pop(key, False):
-                raise Refusal(
-                    f"GPTBigCode, which holds GPT-2 with one KV head, has no {key}; attnzoo.swap holds it in memory"
-                )
+            config.pop(key, None)  # off, and unknown to GPTBigCode
         for name in config.get("architectures") or ():
             if name not in _ARCHITECTURES:
                 raise Refusal(f"GPTBigCode has no counterpart of {name}; it has {', '.join(_ARCHITECTURES.values())}")
@@ -82,7 +92,7 @@ class GPT2(Family):
         return config
 
     def moves(self, names: Iterable[str], holder: Family) -> dict[str, Move]:
-        if holder is self:
+        if holder is self or holder.code:
             return super().moves(names, holder)
         # GPTBigCode stores no causal mask with its fill value, and has a Linear [out, in] for each Conv1D [in, out].
         turned = ("mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -97,4 +107,7 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
-FAMILIES = (GPT2(),)
+CODE = Code(
+    "modeling_gpt2_gqa.py", "GPT2GQAConfig", {"GPT2LMHeadModel": ("AutoModelForCausalLM", "GPT2GQALMHeadModel")}
+)
+FAMILIES = (GPT2("gpt2"), GPT2("gpt2_gqa", CODE))
