@@ -39,9 +39,9 @@ def convert_checkpoint(
     The result is a checkpoint that stock transformers loads: of the same family; of another where that holds it and the
     own does not (GPT-NeoX and GPT-J become Phi, GPT-2 with one KV head GPTBigCode); or with its code beside the weights
     (OPT, BLOOM, T5, other GPT-2), which `trust_remote_code=True` loads. Dtypes, biases, tied embeddings, sharding,
-    tokenizer files, chat templates, the generation config and licence files are carried over, other code in the folder is not;
-    config.json says under "attnzoo" where the weights came from. Memory holds one layer's attention or one other tensor
-    at a time.
+    tokenizer files, chat templates, the generation config and licence files are carried over, other code in the folder
+    is not; config.json says under "attnzoo" where the weights came from. Memory holds one layer's attention or one
+    other tensor at a time.
 
     `out` appears whole or not at all, also when the process is killed; see `whole_folder`.
 
