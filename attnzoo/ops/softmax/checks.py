@@ -8,7 +8,53 @@ import operator
 import torch
 from torch import Tensor
 
-from attnzoo.masks import Full, Mask
+from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+from attnzoo.ops.softmax.common import Call
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    key_lengths: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    return_lse: bool,
+    deterministic: bool,
+) -> Call:
+    """The call with its defaults filled in and its mask in the plainest form, or a ValueError."""
+    check_tensors(q, k, v)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if cu_q is not None and cu_k is None:
+        cu_k = cu_q
+    check_options(q, k, scale, softcap, sinks, dropout_p)
+    check_bias(q, k, bias, alibi_slopes, cu_q is not None)
+    check_boundaries(q, k, key_lengths, cu_q, cu_k)
+    plain = _plain(checked_mask(mask, q, k, cu_q is not None), q.shape[2], k.shape[2], cu_q is not None)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    options = (sinks, dropout_p, key_lengths, cu_q, cu_k, return_lse, bias, alibi_slopes, deterministic)
+    return Call(q, k, v, plain, factor, softcap, *options)
+
+
+def _plain(mask: Mask | Tensor, q_len: int, k_len: int, packed: bool) -> Mask | Tensor:
+    """The simplest mask that shows the same, so that the fastest kernel takes it."""
+    if isinstance(mask, SlidingWindow) and mask.causal and mask.window >= k_len:
+        mask = Causal()
+    if isinstance(mask, Causal) and q_len == 1 and not packed:
+        return Full()
+    return mask
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from attnzoo import ops
 from attnzoo.masks import Causal, Dilated, Documents, Full, SlidingWindow
-from attnzoo.ops.softmax import api, choice, common, cudnn, fa3, flash, flash4
+from attnzoo.ops.softmax import choice, common, cudnn, fa3, flash, flash4, plans
+from attnzoo.ops.softmax.backends import BACKENDS as ALL
+from attnzoo.ops.softmax.backends import choose
 from attnzoo.ops.softmax.choice import Class
 
 
@@ -30,14 +32,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[common.Call]:
         calls.append(call)
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1]), None
 
-    monkeypatch.setitem(api._BACKENDS, "spy", SimpleNamespace(reasons=lambda call: [], run=run))
+    monkeypatch.setitem(ALL, "spy", SimpleNamespace(reasons=lambda call: [], run=run))
     return calls
 
 
 def test_repeated_calls_are_checked_and_chosen_once(monkeypatch, asked) -> None:
     looked = []
-    monkeypatch.setattr(api, "_choose", lambda call, backend: looked.append(call) or api._BACKENDS["spy"])
-    monkeypatch.setattr(api, "_PLANS", {})
+    monkeypatch.setattr(plans, "choose", lambda call, backend: looked.append(call) or ALL["spy"])
+    monkeypatch.setattr(plans, "PLANS", {})
     q, k, v = draw()
     for _ in range(3):
         ops.attention(q, k, v, mask=SlidingWindow(8), scale=0.5, backend="spy")
@@ -71,11 +73,10 @@ def test_repeated_calls_are_checked_and_chosen_once(monkeypatch, asked) -> None:
 )
 def test_a_call_of_another_signature_is_never_run_by_an_old_plan(monkeypatch, change) -> None:
     q, k, v = draw()
-    monkeypatch.setattr(api, "_PLANS", {})
+    monkeypatch.setattr(plans, "PLANS", {})
     ops.attention(q, k, v, mask=Causal())
     chosen = []
-    real = api._choose
-    monkeypatch.setattr(api, "_choose", lambda call, backend: chosen.append(call) or real(call, backend))
+    monkeypatch.setattr(plans, "choose", lambda call, backend: chosen.append(call) or choose(call, backend))
     arguments = {"q": q, "mask": Causal()} | change
     ops.attention(arguments.pop("q"), k, v, **arguments)
     assert len(chosen) == 1
@@ -100,6 +101,10 @@ def test_a_repeated_call_computes_with_its_own_tensors_and_dtype() -> None:
             torch.testing.assert_close(got, ops.attention(q, k, v, mask=mask, backend="reference"))
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.attention(q, k, v).dtype == torch.bfloat16
+            mixed = ops.attention(q.bfloat16(), k, v.half(), mask=Causal(), backend="tiled")
+            assert torch.equal(
+                mixed, ops.attention(q.bfloat16(), k, v.half().bfloat16(), mask=Causal(), backend="tiled")
+            )
         assert ops.attention(q, k, v).dtype == torch.float32
 
 
@@ -203,10 +208,10 @@ def test_the_packaged_table_names_backends_and_classes_that_exist() -> None:
     tables = json.loads(choice.TABLE.read_text())
     assert choice.read(tables) == choice._TABLES
     for table in choice._TABLES.values():
-        assert all(set(backends) <= set(api._BACKENDS) for backends in table.values())
+        assert all(set(backends) <= set(ALL) for backends in table.values())
         assert {c.kind for c in table} <= {"full", "causal", "window", "packed", "softcap", "sinks", "sparse"}
     for order in (choice._ON_CPU, choice._ON_HOPPER, choice._ON_AMPERE, choice._ELSEWHERE):
-        assert set(order) <= set(api._BACKENDS) and order[-1] == "tiled", "the last one takes every call"
+        assert set(order) <= set(ALL) and order[-1] == "tiled", "the last one takes every call"
 
 
 BACKENDS = {"sdpa-flash": flash, "sdpa-cudnn": cudnn, "fa3-fwd": fa3, "flash-attn-4": flash4}
