@@ -28,6 +28,8 @@ class Build(NamedTuple):
 
 Builds = Iterator[Build]
 
+_TRITON = find_spec("triton")  # once and here: torch.compile cannot trace the search
+
 
 def triton_reasons(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of this device; empty if they can."""
@@ -47,19 +49,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache(maxsize=1)
 def find_triton() -> object | None:
     """Triton's module spec, or None where it is not installed."""
-    return find_spec("triton")
+    return _TRITON
 
 
 @lru_cache(maxsize=64)
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device, the current one for None."""
-    return torch.cuda.get_device_capability(index)
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
 
 
 @lru_cache(maxsize=64)
 def num_multiprocessors(index: int | None) -> int:
-    """Streaming multiprocessors of a CUDA device; a small number under the interpreter, which runs one after another."""
+    """Streaming multiprocessors of a CUDA device; a few under the interpreter, which runs one after another."""
     return 4 if interpreted() else torch.cuda.get_device_properties(index).multi_processor_count
