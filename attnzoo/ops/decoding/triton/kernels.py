@@ -2,7 +2,6 @@
 
 A program takes one row of the batch, one key/value head, up to BLOCK_M of the `GROUP * Q_LEN` queries that share it,
 and one of `splits` equal parts of the keys that these queries see. What they find is merged by its logsumexp.
-All scores are in units of log 2, so that every exponential is one `exp2`.
 """
 
 from __future__ import annotations
@@ -184,8 +183,8 @@ def decode_kernel(
     head_at = i_head * GROUP + m // Q_LEN
     out_at = (row * heads + head_at) * Q_LEN + m % Q_LEN
     if not SPLIT and SINKS is not None:
-        sink = tl.load(SINKS + head_at, mask=real, other=DEAD).to(tl.float32) * LOG2E
-        b_sum += tl.where(b_sum > 0, tl.exp2(sink - b_max), 0.0)
+        sink = tl.load(SINKS + head_at, mask=real, other=DEAD).to(tl.float32)
+        b_sum += tl.where(b_sum > 0, tl.exp2((sink - b_max) * LOG2E), 0.0)
     store_part(b_acc, b_max, b_sum, OUT, PART, LSE, out_at, i_split, o_dv, real, splits, SPLIT, DV)
 
 
@@ -246,18 +245,18 @@ def scores(
     b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap,
     SOFTCAP: tl.constexpr, QUANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[BLOCK_M, BLOCK_N]` in units of log 2."""
+    """Scores `[BLOCK_M, BLOCK_N]`."""
     b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
     if QUANT > 1:
         b_s = b_s * k_scale[None, :] + b_qsum[:, None] * k_offset[None, :]
     elif QUANT > 0 and SOFTCAP:
         b_s = b_s * k_scale[None, :]
     if SOFTCAP:
-        b_s = softcap * LOG2E * tanh(b_s * (scale / softcap))
+        b_s = softcap * tanh(b_s * (scale / softcap))
     elif QUANT == 1:
-        b_s = b_s * (k_scale * (scale * LOG2E))[None, :]
+        b_s = b_s * (k_scale * scale)[None, :]
     else:
-        b_s = b_s * (scale * LOG2E)
+        b_s = b_s * scale
     return b_s
 
 
@@ -274,8 +273,8 @@ def soften(b_s, b_max, b_sum):
     """A step of the running softmax: weights `[BLOCK_M, BLOCK_N]`, new maxima and sums, factor of what came before."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_safe = tl.where(b_new == DEAD, 0.0, b_new)
-    b_p = tl.exp2(b_s - b_safe[:, None])
-    shrink = tl.exp2(b_max - b_safe)
+    b_p = tl.exp2((b_s - b_safe[:, None]) * LOG2E)
+    shrink = tl.exp2((b_max - b_safe) * LOG2E)
     return b_p, b_new, b_sum * shrink + tl.sum(b_p, 1), shrink
 
 
@@ -338,11 +337,11 @@ def integer_scores(
         if QUANT > 1:
             b_s += b_qsum[:, None] * k_offset[None, :]
         if SOFTCAP:
-            b_s = softcap * LOG2E * tanh(b_s * (scale / softcap))
+            b_s = softcap * tanh(b_s * (scale / softcap))
         else:
-            b_s *= scale * LOG2E
+            b_s *= scale
     else:
-        b_s = whole.to(tl.float32) * (b_unit * (scale * LOG2E))[:, None] * k_scale[None, :]
+        b_s = whole.to(tl.float32) * (b_unit * scale)[:, None] * k_scale[None, :]
     return b_s
 
 
@@ -355,8 +354,8 @@ def integer_attend(
     b_new = tl.maximum(b_max, b_here)
     b_safe = tl.where(b_new == DEAD, 0.0, b_new)
     b_base = tl.where(b_here == DEAD, 0.0, b_here)
-    b_p = tl.exp2(b_s - b_base[:, None])
-    shrink, share = tl.exp2(b_max - b_safe), tl.exp2(b_here - b_safe)
+    b_p = tl.exp2((b_s - b_base[:, None]) * LOG2E)
+    shrink, share = tl.exp2((b_max - b_safe) * LOG2E), tl.exp2((b_here - b_safe) * LOG2E)
     b_sum = b_sum * shrink + tl.sum(b_p, 1) * share
     largest = tl.max(v_scale)
     largest = tl.where(largest > 0, largest, 1.0)
@@ -405,7 +404,7 @@ def store_part(
         tl.store(OUT + out_at[:, None] * DV + o_dv[None, :], b_acc.to(OUT.dtype.element_ty), mask=mask)
     else:
         part = out_at * splits + i_split
-        tl.store(LSE + part, tl.where(seen, b_max + tl.log2(tl.where(seen, b_sum, 1.0)), DEAD), mask=real)
+        tl.store(LSE + part, tl.where(seen, b_max + tl.log(tl.where(seen, b_sum, 1.0)), DEAD), mask=real)
         tl.store(PART + part[:, None] * DV + o_dv[None, :], b_acc, mask=mask & seen[:, None])
 
 
@@ -421,11 +420,11 @@ def merge_kernel(
     b_lse = tl.load(LSE + i_row * splits + o_s, mask=o_s < splits, other=DEAD)
     top = tl.max(b_lse, 0)
     top = tl.where(top == DEAD, 0.0, top)
-    b_w = tl.exp2(b_lse - top)
+    b_w = tl.exp2((b_lse - top) * LOG2E)
     total = tl.sum(b_w, 0)
     if SINKS is not None:
-        sink = tl.load(SINKS + (i_row // Q_LEN) % heads).to(tl.float32) * LOG2E
-        total += tl.where(total > 0, tl.exp2(sink - top), 0.0)
+        sink = tl.load(SINKS + (i_row // Q_LEN) % heads).to(tl.float32)
+        total += tl.where(total > 0, tl.exp2((sink - top) * LOG2E), 0.0)
     b_part = tl.load(
         PART + (i_row * splits + o_s)[:, None] * DV + o_dv[None, :],
         mask=(b_w > 0)[:, None] & (o_dv[None, :] < DV),

@@ -118,7 +118,7 @@ def parts_for(out: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Tensor) -> None:
-    """Merge shares `part [B, H, Sq, splits, Dv]` with their base-2 logsumexps `lse` into `out`, if there are any."""
+    """Merge shares `part [B, H, Sq, splits, Dv]` with their logsumexps `lse` into `out`, if there are any."""
     if part is None or lse is None:
         return
     batch, heads, q_len, splits, v_dim = part.shape

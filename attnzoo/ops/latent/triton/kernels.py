@@ -1,7 +1,7 @@
 """Flash-decoding over latents: each is read once and serves all heads, as key and as value (absorbed MLA).
 
 A program takes one row of the batch, BLOCK_M of its `HEADS * Q_LEN` queries and one of `splits` equal parts of the
-tokens that these see. Scores are in units of log 2.
+tokens that these see.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import triton.language as tl
 
 from attnzoo.ops.decoding.triton.kernels import (
     DEAD,
-    LOG2E,
     NOWHERE,
     attend,
     hide,
@@ -171,7 +170,7 @@ def joint_scores(
     b_q, b_qp, b_c, b_r, c_scale, r_scale, c_offset, r_offset, b_qsum, b_psum, scale,
     QUANT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[BLOCK_M, BLOCK_N]` of latents and rope keys together, in units of log 2."""
+    """Scores `[BLOCK_M, BLOCK_N]` of latents and rope keys together."""
     b_s = tl.dot(b_qp, tl.trans(b_r.to(b_qp.dtype)), input_precision=PRECISION)
     if QUANT > 0:
         b_s *= r_scale[None, :]
@@ -180,4 +179,4 @@ def joint_scores(
         b_s = tl.dot(b_q, tl.trans(b_c), b_s, input_precision=PRECISION)
     if QUANT > 1:
         b_s += b_qsum[:, None] * c_offset[None, :] + b_psum[:, None] * r_offset[None, :]
-    return b_s * (scale * LOG2E)
+    return b_s * scale

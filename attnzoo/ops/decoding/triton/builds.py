@@ -1,0 +1,64 @@
+"""The specialisations that must compile for every GPU: each kind of cache, with and without splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnzoo.ops.decoding.triton.kernels import decode_kernel, merge_kernel
+from attnzoo.ops.decoding.triton.plan import tiles_for
+from attnzoo.ops.launching import Build, Builds
+
+_ROWS = ("LENGTHS", "STARTS", "KEPT")
+
+
+def builds() -> Builds:
+    """See `scripts/compile_kernels.py`."""
+    yield _build("decode contiguous", split=True)
+    yield _build("decode contiguous fp32", "fp32", ("SINKS",), SOFTCAP=True)
+    yield _build("decode many queries", rows=64, tensors=_ROWS, Q_LEN=16, split=True)
+    yield _build("decode wide", D=256, DV=256, split=True)
+    yield _build("decode odd sizes", "fp16", D=72, DV=24)
+    yield _build("decode ring", tensors=_ROWS, RING=True)
+    yield _build("decode paged", tensors=("TABLE", *_ROWS), PAGE=256, split=True)
+    yield _build("decode paged 16", tensors=("TABLE",), PAGE=16)
+    yield _build("decode int8", codes=1, RECENT=True, split=True)
+    yield _build("decode int8 asymmetric", codes=2, SOFTCAP=True)
+    yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
+    yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
+    signature = {"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16", "splits": "i32", "heads": "i32"}
+    constants = {"SINKS": None, "Q_LEN": 1, "DV": 128, "BLOCK_S": 64, "BLOCK_DV": 128}
+    yield Build("merge", merge_kernel, signature, constants)
+
+
+def _build(
+    name: str,
+    dtype: str = "bf16",
+    tensors: tuple[str, ...] = (),
+    *,
+    rows: int = 4,
+    codes: int = 0,
+    split: bool = False,
+    **constants: Any,
+) -> Build:
+    given: dict[str, Any] = {"D": 128, "DV": 128, "Q_LEN": 1, "PAGE": 0, "RING": False, "RECENT": False} | constants
+    tiles = tiles_for(rows, given["D"], given["DV"], 4 if dtype == "fp32" else 2, codes > 0)
+    given |= {"SOFTCAP": False, **constants, "GROUP": rows // given["Q_LEN"], "SPLIT": split, "QUANT": codes}
+    given |= {"INTEGER": tiles.integers, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PRECISION": "ieee"}
+    given |= {"BLOCK_D": 1 << (given["D"] - 1).bit_length(), "BLOCK_DV": 1 << (given["DV"] - 1).bit_length()}
+    vectors = "*i8" if codes else f"*{dtype}"
+    types = {"Q": f"*{dtype}", "K": vectors, "V": vectors, "OUT": f"*{dtype}"}
+    types |= {f"{side}_{part}": "*fp32" for side in "KV" for part in ("SCALE", "OFFSET")[:codes]}
+    types |= {"PART": "*fp32", "LSE": "*fp32"} if split else {}
+    types |= {"RECENT_K": f"*{dtype}", "RECENT_V": f"*{dtype}"} if given["RECENT"] else {}
+    types |= {name: "*i32" if name == "TABLE" else "*fp32" if name == "SINKS" else "*i64" for name in tensors}
+    signature = {}
+    for argument in decode_kernel.arg_names:
+        if argument in types:
+            signature[argument] = types[argument]
+        elif argument in ("scale", "softcap"):
+            signature[argument] = "fp32"
+        elif argument.islower():
+            signature[argument] = "i32"
+        else:
+            given.setdefault(argument, None)  # a tensor that this build has none of
+    return Build(name, decode_kernel, signature, given, tiles.num_warps, tiles.num_stages)

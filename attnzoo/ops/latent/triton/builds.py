@@ -1,0 +1,56 @@
+"""The specialisations that must compile for every GPU: each kind of cache of latents, few heads and many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnzoo.ops.latent.triton.kernels import latent_kernel
+from attnzoo.ops.latent.triton.plan import tiles_for
+from attnzoo.ops.launching import Build, Builds
+
+_ROWS = ("LENGTHS", "STARTS", "KEPT")
+
+
+def builds() -> Builds:
+    """See `scripts/compile_kernels.py`."""
+    yield _build("latent 16 heads", 16, split=True)
+    yield _build("latent 128 heads", 128)
+    yield _build("latent fp32", 16, "fp32", RANK=64, ROPE=16)
+    yield _build("latent paged", 128, tensors=("TABLE", *_ROWS), PAGE=64, split=True)
+    yield _build("latent paged 16", 16, tensors=("TABLE",), PAGE=16)
+    yield _build("latent ring", 16, tensors=_ROWS, RING=True)
+    yield _build("latent int8", 16, codes=1, RECENT=True, split=True)
+    yield _build("latent int8 paged asymmetric", 128, codes=2, tensors=("TABLE", *_ROWS), PAGE=64, split=True)
+
+
+def _build(
+    name: str,
+    heads: int,
+    dtype: str = "bf16",
+    *,
+    tensors: tuple[str, ...] = (),
+    codes: int = 0,
+    split: bool = False,
+    **constants: Any,
+) -> Build:
+    given: dict[str, Any] = {"RANK": 512, "ROPE": 64, "PAGE": 0, "RING": False, "RECENT": False} | constants
+    tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0)
+    given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee"}
+    given |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_R": given["RANK"], "BLOCK_P": given["ROPE"]}
+    vectors = "*i8" if codes else f"*{dtype}"
+    types = {"Q": f"*{dtype}", "Q_ROPE": f"*{dtype}", "C": vectors, "R": vectors, "OUT": f"*{dtype}"}
+    types |= {f"{side}_{part}": "*fp32" for side in "CR" for part in ("SCALE", "OFFSET")[:codes]}
+    types |= {"PART": "*fp32", "LSE": "*fp32"} if split else {}
+    types |= {"RECENT_C": f"*{dtype}", "RECENT_R": f"*{dtype}"} if given["RECENT"] else {}
+    types |= {name: "*i32" if name == "TABLE" else "*i64" for name in tensors}
+    signature = {}
+    for argument in latent_kernel.arg_names:
+        if argument in types:
+            signature[argument] = types[argument]
+        elif argument == "scale":
+            signature[argument] = "fp32"
+        elif argument.islower():
+            signature[argument] = "i32"
+        else:
+            given.setdefault(argument, None)  # a tensor that this build has none of
+    return Build(name, latent_kernel, signature, given, tiles.num_warps, tiles.num_stages)
