@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from attnzoo.conversion import Refusal
 from attnzoo.conversion.families import Family, Geometry, Projections
 from attnzoo.layers import GroupedQueryAttention
 
@@ -80,7 +81,10 @@ def split_projections(layer: nn.Module, family: Family, geometry: Geometry) -> t
     """A stock layer's weights, as views where the storage allows, and which of them require gradients, as bool."""
     named = dict(layer.named_parameters())
     weights = {name: parameter.detach() for name, parameter in named.items()}
-    return family.split(weights, geometry), family.split({name: flag_of(p) for name, p in named.items()}, geometry)
+    parts = family.split(weights, geometry)
+    if parts.q_norm is not None and getattr(layer, "q_norm", None) is None:
+        raise Refusal(f"the norms of q and k of {type(layer).__name__} are not known to swap, only to convert")
+    return parts, family.split({name: flag_of(p) for name, p in named.items()}, geometry)
 
 
 def flag_of(parameter: nn.Parameter) -> Tensor:

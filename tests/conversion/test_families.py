@@ -1,9 +1,13 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import attnzoo
+from attnzoo.conversion import convert_checkpoint
 from attnzoo.conversion.families import ConversionError, Refusal, UnknownFamily, family_for, known
 from attnzoo.masks import Causal, Full, SlidingWindow
-from tests.conversion.models import CONFIGS, logits, tiny
+from attnzoo.specs import GQA
+from tests.conversion.models import CONFIGS, duplicate, logits, tiny
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -173,3 +177,23 @@ def test_tensors_that_are_no_plain_attention_are_named():
         family.geometry({"num_attention_heads": 6, "num_hidden_layers": 2})
     with pytest.raises(ConversionError, match="qk_layernorm"):
         family_for("phi").geometry({"qk_layernorm": True})
+
+
+def test_stablelm_with_a_norm_for_each_head_keeps_those_of_the_heads_that_are_left(tmp_path):
+    model = duplicate(tiny("stablelm", qk_layernorm=True), 2)
+    family, geometry, tensors = attention_tensors(model, 1)
+    p = family.split(tensors, geometry)
+    assert p.q_norm.shape == p.k_norm.shape == (6, 8) and not torch.equal(p.k_norm[0], p.k_norm[3])
+    joined = family.join(p, geometry)
+    assert joined.keys() == tensors.keys() and all(torch.equal(joined[name], tensors[name]) for name in tensors)
+    model.save_pretrained(tmp_path / "many")
+    few, report = AutoModelForCausalLM.from_pretrained(
+        convert_checkpoint(tmp_path / "many", GQA(2), tmp_path / "few"), output_loading_info=True
+    )
+    assert not any(report.values()) and len(few.model.layers[0].self_attn.k_layernorm.norms) == 2
+    torch.testing.assert_close(logits(few), logits(model), rtol=1e-5, atol=1e-5)
+    del tensors["k_layernorm.norms.4.weight"]
+    with pytest.raises(ConversionError, match=r"k_layernorm\.norms\.4"):
+        family.split(tensors, geometry)
+    with pytest.raises(Refusal, match="only to convert"):
+        attnzoo.swap(model, GQA(2))

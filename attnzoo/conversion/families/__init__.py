@@ -1,7 +1,19 @@
 """Where each model family keeps q, k, v and o. To add one: a Family in a file of its own, and its line here."""
 
 from attnzoo.conversion.errors import ConversionError, Refusal, UnknownFamily
-from attnzoo.conversion.families import bloom, falcon, gpt2, gpt_bigcode, gpt_neox, gptj, opt, phi3, separate, t5
+from attnzoo.conversion.families import (
+    bloom,
+    falcon,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
+    opt,
+    phi3,
+    separate,
+    stablelm,
+    t5,
+)
 from attnzoo.conversion.families.base import Config, Family, Geometry, Projections
 
 __all__ = [
@@ -16,7 +28,7 @@ __all__ = [
     "known",
 ]
 
-_MODULES = (separate, phi3, gpt2, gpt_bigcode, gpt_neox, gptj, falcon, bloom, opt, t5)
+_MODULES = (separate, phi3, gpt2, gpt_bigcode, gpt_neox, gptj, falcon, bloom, opt, stablelm, t5)
 _FAMILIES: dict[str, Family] = {family.model_type: family for module in _MODULES for family in module.FAMILIES}
 
 _HINTS = {"gemma3": "; it is the model with images: its language model alone, saved as gemma3_text, converts"}

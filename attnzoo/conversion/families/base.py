@@ -85,6 +85,9 @@ class Family(ABC):
     code: Code | None = None
     # Whether one norm runs over the channels of all heads together, so that its statistics are theirs (OLMo2).
     joint_norm: bool = False
+    # What is added to the weights of heads' norms (Gemma), and whether these subtract a head's mean (Cohere).
+    norm_offset: float = 0.0
+    centred_norm: bool = False
     # How RoPE pairs the dimensions of a head (None: there is none), and which part of them where no key says it.
     rope: Layout | None = "half"
     rotated: float = 1.0

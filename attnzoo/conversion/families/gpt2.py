@@ -72,8 +72,8 @@ class GPT2(Family):
             return config | {"num_key_value_heads": num_kv_heads}
         if config.get("add_cross_attention"):
             raise Refusal(
-                "neither GPTBigCode nor the code that is written beside the weights has add_cross_attention, which this "
-                "GPT-2 has"
+                "neither GPTBigCode nor the code that is written beside the weights has add_cross_attention, "
+                "which this GPT-2 has"
             )
         if num_kv_heads > 1 or config.get("scale_attn_by_inverse_layer_idx"):
             return CODE.describe(config, "gpt2_gqa") | {"num_key_value_heads": num_kv_heads}

@@ -29,6 +29,7 @@ class Separate(Family):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         norms: Norms | None = None,
+        norm_offset: float = 0.0,
         always: bool = True,
         window: Window | None = None,
         switch: bool = False,
@@ -47,7 +48,8 @@ class Separate(Family):
         self.outside = tuple(filter(None, ("embed_tokens.weight", final_norm)))
         self.projections = {part: projection.format(part=part) for part in "qkv"}
         layers = (*self.projections.values(), output)
-        self.norms, self.joint_norm = norms, norms == "joint"
+        self.norms, self.joint_norm, self.norm_offset = norms, norms == "joint", norm_offset
+        self.centred_norm = norms == "each"
         names = ("q_norm.weight", "k_norm.weight") if norms else ()
         self.required = (*(f"{layer}.weight" for layer in layers), *(names if always else ()))
         self.optional = (*(f"{layer}.bias" for layer in layers), *(() if always else names))
@@ -135,10 +137,9 @@ FAMILIES = (
     Separate("qwen3_moe", kv_heads=4, norms="one", window="every_layer", switch=True, varied=("mlp.",)),
     Separate("gemma", kv_heads=16, head_dim=256),
     Separate("gemma2", kv_heads=4, head_dim=256, window="layer_types"),
-    Separate("gemma3_text", kv_heads=4, head_dim=256, norms="one", window="bound_to_rope"),
+    Separate("gemma3_text", kv_heads=4, head_dim=256, norms="one", norm_offset=1.0, window="bound_to_rope"),
     Separate("phi", output="dense", final_norm="final_layernorm.weight", rotated=0.5),
     Separate("granite"),
-    Separate("stablelm", kv_heads=32, rotated=0.25),
     Separate("starcoder2", kv_heads=2, window="every_layer"),
     Separate("nemotron", rotated=0.5),
     Separate(
