@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div, nll_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import attnzoo
@@ -91,13 +91,19 @@ def read(paths: list[Path], pattern: str = "*", limit: int = 4_000_000) -> str:
 
 
 @torch.no_grad()
-def measured(model: PreTrainedModel, tokens: torch.Tensor, truth: PreTrainedModel) -> dict[str, float]:
+def predicted(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Log-probabilities of the next token, a row at a time, in half precision."""
+    return [model(row).logits[0, :-1].log_softmax(-1).half() for row in tokens.split(1)]
+
+
+@torch.no_grad()
+def measured(model: PreTrainedModel, tokens: torch.Tensor, truth: list[torch.Tensor]) -> dict[str, float]:
     """Cross-entropy and the divergence from the original's predictions, nats a token."""
     ce = kl = 0.0
-    for row in tokens.split(1):
-        found, wanted = model(row).logits[0, :-1], truth(row).logits[0, :-1].log_softmax(-1)
-        ce += cross_entropy(found, row[0, 1:]).item()
-        kl += kl_div(found.log_softmax(-1), wanted, log_target=True, reduction="sum").item() / len(wanted)
+    for row, wanted in zip(tokens.split(1), truth, strict=True):
+        found = model(row).logits[0, :-1].log_softmax(-1)
+        ce += nll_loss(found, row[0, 1:]).item()
+        kl += kl_div(found, wanted.float(), log_target=True, reduction="sum").item() / len(wanted)
     return {"cross_entropy": ce / len(tokens), "kl": kl / len(tokens)}
 
 
@@ -133,6 +139,7 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
     }
+    truth = predicted(model, held_out)
     for name, (numbers, make) in cases(options.steps).items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -140,7 +147,7 @@ def main() -> None:
         made = make(model, calibration)
         seconds = time.perf_counter() - start
         row = {"numbers_per_token_and_layer": round(numbers, 1), "kv_share": round(numbers / 384, 3)}
-        row |= {**measured(made, held_out, model), "seconds": round(seconds, 1)}
+        row |= {**measured(made, held_out, truth), "seconds": round(seconds, 1)}
         print(f"{name:60} CE {row['cross_entropy']:.4f}  KL {row['kl']:.4f}  {seconds:.0f} s", flush=True)
         if options.write:
             known = json.loads(OUT.read_text()) if OUT.exists() else {"about": about, "cases": {}}

@@ -255,7 +255,7 @@ def test_a_swapped_model_swaps_back_and_latents_do_not(build, tokens):
         (Linear(3), "must divide"),
         (MLA(kv_lora_rank=99), "kv_lora_rank must be at most 32"),
         (MLA(q_lora_rank=99), "q_lora_rank must be at most 32"),
-        (MLA(qk_rope_head_dim=18), "qk_rope_head_dim must be at most 16"),
+        (MLA(qk_rope_head_dim=98), "qk_rope_head_dim must be at most 32"),
         (MLA(qk_rope_head_dim=4, rope_frequencies=[0]), "rope_frequencies must be 2 rising"),
         (MLA(v_head_dim=3), "v_head_dim must be 8"),
         ([GQA(2), MLA(v_head_dim=3)], "v_head_dim must be 8"),
