@@ -6,7 +6,7 @@ so that it sees, and can make up for, what they do to the text.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ Target = Literal["same", "own", "stream"]
 class LayerData(ABC):
     """One layer's calibration data.
 
-    number: of the layer; moments: of the attention's inputs `[tokens, dim]`; batches: how many there are;
-    device: where the batches lie.
+    number: of the layer; moments: of the attention's inputs `[tokens, dim]`; attended: the same, each token counted by
+    the attention that it receives (evenly, where a class does not let that be seen), for that is how much its key and
+    value matter; batches: how many there are; device: where the batches lie.
     """
 
     number: int
     moments: Moments
+    attended: Moments
     batches: int
     device: torch.device
 
@@ -60,7 +62,7 @@ class LayerMethod(ABC):
     """
 
     name: str
-    target: ClassVar[Target | None] = None
+    target: Target | None = None
 
     @property
     def settings(self) -> Mapping[str, object]:

@@ -11,15 +11,16 @@ class Moments:
     """
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
+        self.count = 0.0
         self._sum = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
 
-    def add(self, x: Tensor) -> None:
-        """Count rows `[..., dim]`."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Count rows `[..., dim]`, each once, or with its weight `[...]`."""
         rows = x.detach().flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
         rows = torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1)
-        self._sum += (rows.t() @ rows).to("cpu", torch.float64)
-        self.count += len(rows)
+        weighed = rows if weights is None else rows * weights.reshape(-1, 1).to(rows)
+        self._sum += (rows.t() @ weighed).to("cpu", torch.float64)
+        self.count += len(rows) if weights is None else float(weights.sum())
 
     def second(self, damping: float = 0.0) -> Tensor:
         """E[x' x'^T] `[dim + 1, dim + 1]` in fp64; `damping` times the mean variance is added to the diagonal of x."""

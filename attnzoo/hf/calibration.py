@@ -20,6 +20,7 @@ from torch.func import functional_call
 from attnzoo.conversion.calibration import LayerData, LayerMethod, Progress
 from attnzoo.conversion.damage import LayerDamage
 from attnzoo.conversion.moments import Moments
+from attnzoo.hf.calibration_received import watching_attention
 from attnzoo.hf.calibration_stage import Stage
 from attnzoo.hf.calibration_store import Activations
 
@@ -117,9 +118,9 @@ def _run_original(stage: Stage, number: int, walk: Walk, data: _Data) -> None:
                 after = stage.run(layer, number, before)
             own = seen.output
             strayed = walk.new[batch].to(stage.device, stage.dtype)
-            with _watching(attention, stop="behind") as seen:
+            with watching_attention() as received, _watching(attention, stop="behind") as seen:
                 stage.run(layer, number, strayed)
-            data.gather(batch, seen.input, seen.output, own, before - strayed)
+            data.gather(batch, seen.input, received.weights, seen.output, own, before - strayed)
             walk.original[batch] = after
 
 
@@ -148,7 +149,7 @@ class _Data(LayerData):
         self, number: int, new: Stage, walk: Walk, method: LayerMethod | None, storage: torch.dtype, spill: Path | None
     ) -> None:
         self.number, self.batches, self.device = number, walk.calibrating, new.device
-        self.moments = Moments(walk.new[0].shape[-1])
+        self.moments, self.attended = (Moments(walk.new[0].shape[-1]) for _ in range(2))
         self._new, self._walk, self._wanted = new, walk, method.target if method else None
         self._gathers = method is not None
         self._calls: dict[int, _Seen] = {}
@@ -160,11 +161,14 @@ class _Data(LayerData):
         self._inputs = Activations(calibrating, dim, storage, spill) if keeps else None
         self._targets = Activations(calibrating, dim, storage, spill) if keeps and self._wanted != "same" else None
 
-    def gather(self, batch: int, x: Tensor, same: Tensor, own: Tensor, strayed: Tensor) -> None:
+    def gather(
+        self, batch: int, x: Tensor, received: Tensor | None, same: Tensor, own: Tensor, strayed: Tensor
+    ) -> None:
         self.same[batch] = same
         if batch >= self.batches or not self._gathers:
             return
         self.moments.add(x)
+        self.attended.add(x, received)
         if self._inputs is not None:
             self._inputs[batch] = x
         if self._targets is not None:

@@ -125,7 +125,7 @@ def _convert_model(model: PreTrainedModel, spec: Spec | Sequence[Spec], method: 
             raise ConversionError(f"tensor {key} of {name} holds NaN or infinity")
     converted = dict(_converted(plan, state, method, seed))
 
-    new_config = recorded_config(plan, config, name, method, seed)
+    new_config = recorded_config(plan, config, name, {"method": method, "seed": seed})
     architecture = new_config["architectures"][0]
     model_type = new_config.pop("model_type")
     if architecture == type(model).__name__:
