@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 def run(suites: tuple[str, ...], out: Path, orders: Path | None, jobs: int, commit: str | None) -> int:
     """Times the suites; writes one JSON file a suite, tables and plots into `out`. Returns 1 if a result was wrong."""
     started = time.perf_counter()
+    warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument")  # flash-attn-4's
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what a warm-up compiled is found again
     todo = cases(suites)
     if jobs > 0:
@@ -166,7 +168,7 @@ def _peak(case: Case, data: Data, forward: Callable[[], Tensor]) -> dict[str, fl
 
 def _warm_in_processes(suites: tuple[str, ...], jobs: int) -> None:
     """Have the kernels that compile on first use compiled by several processes at once, into the caches on disk."""
-    command = [sys.executable, "-m", "attnzoo.bench.warm", *suites, "--share"]
+    command = [sys.executable, "-W", "ignore", "-m", "attnzoo.bench.warm", *suites, "--share"]
     alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # each would start as many as there are cores
     share = [subprocess.Popen([*command, f"{n}/{jobs}"], stdout=subprocess.DEVNULL, env=alone) for n in range(jobs)]
     for process in share:

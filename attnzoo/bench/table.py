@@ -12,10 +12,11 @@ from attnzoo.ops.softmax.choice import LENGTHS, Class
 
 
 def write(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put this device's orders into the file at `path`, in the place of what it held for that device."""
+    """Put this device's orders into the file at `path`; classes that were not measured now keep what stood there."""
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     measured = {key: about[key] for key in ("capability", "torch", "cuda", "cudnn", "packages", "commit")}
-    tables[about["device"]] = {"measured": measured, "orders": orders(rows)}
+    before = tables.get(about["device"], {}).get("orders", {})
+    tables[about["device"]] = {"measured": measured, "orders": before | orders(rows)}
     whole = path.with_suffix(".new")
     whole.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     whole.replace(path)

@@ -124,11 +124,14 @@ def test_the_written_table_is_what_the_choice_reads(tmp_path) -> None:
     path = tmp_path / "times.json"
     path.write_text('{"Another": {"orders": {}}}')
     table.write(path, about, rows(a={"via:triton": (2.0, 3.0), "via:sdpa": (1.5, 9.0)}))
+    other = [row | {"kind": "window"} for row in rows(a={"via:sdpa": (1.0, 1.0)})]
+    table.write(path, about, other)  # keeps the classes of before
     tables = read(json.loads(path.read_text()))
+    assert nearest(tables["A GPU"], Class(True, "window", 64, 256, False))[0] == ("sdpa",)
     assert set(tables) == {"A GPU", "Another"}
     order, source = nearest(tables["A GPU"], Class(True, "causal", 64, LENGTHS[-1], False))
     assert order == ("triton", "sdpa") and source == "training causal d128 s4096 grouped"
-    assert nearest(tables["A GPU"], Class(True, "window", 128, 4096, True)) == ((), "")
+    assert nearest(tables["A GPU"], Class(True, "sinks", 128, 4096, True)) == ((), "")
 
 
 def test_tables_and_plots_are_drawn_from_the_json_files_alone(tmp_path) -> None:

@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("times.json")
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 _ON_CPU = ("sdpa", "tiled")  # the kernels of "triton" run there under an interpreter only, to be tested
-_ON_HOPPER = ("flash-attn-4", "fa3-fwd", "sdpa-cudnn", "triton", "sdpa-flash", "sdpa", "tiled")
+_ON_HOPPER = ("fa3-fwd", "flash-attn-4", "sdpa-cudnn", "triton", "sdpa-flash", "sdpa", "tiled")
 _ON_AMPERE = ("sdpa-flash", "triton", "sdpa", "tiled")
 _ELSEWHERE = ("sdpa", "triton", "tiled")
 

@@ -86,8 +86,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     q_longest, k_longest = (q.shape[0], k.shape[0]) if cu_q is not None else (None, None)
     compiling = torch.compiler.is_compiling()
+    splits = 1 if compiling or q.shape[-3] > 256 else 0  # of the keys; 0: as many as fill the GPU
     # Its Python operator can be traced; the one beneath costs less a call.
     forward = torch.ops.fa3_fwd._flash_attn_forward if compiling else torch.ops.fa3_fwd.fwd
     before = (q, k, v, None, None, None, None, cu_q, cu_k, None, None, None, q_longest, k_longest)
-    after = (scale, causal, -1, -1, 0, softcap, True, None, 1 if compiling else 0, None, 0)
+    after = (scale, causal, -1, -1, 0, softcap, True, None, splits, None, 0)
     return forward(*before, *([None] * 9), *after)[:2]

@@ -124,9 +124,10 @@ def flash4_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the sinks (empty where there are none)."""
     options = _options(q, k, cu_q, cu_k, scale, left, right, softcap)
-    d_q, d_k, d_v, *d_sinks = _library()[0]._flash_attn_bwd(
-        q, k, v, out, d_out, lse, dlse=d_lse, learnable_sink=sinks, deterministic=deterministic, **options
-    )
+    d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))  # theirs would have the inputs' strides
+    options |= {"dq": d_q, "dk": d_k, "dv": d_v, "deterministic": deterministic}
+    *_, last = _library()[0]._flash_attn_bwd(q, k, v, out, d_out, lse, dlse=d_lse, learnable_sink=sinks, **options)
+    d_sinks = [] if sinks is None else [last]
     return d_q, d_k, d_v, d_sinks[0] if d_sinks else q.new_empty(0)
 
 
