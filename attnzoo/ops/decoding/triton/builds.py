@@ -57,6 +57,8 @@ def _build(
             signature[argument] = types[argument]
         elif argument in ("scale", "softcap"):
             signature[argument] = "fp32"
+        elif argument.partition("_")[2] in ("batch", "block", "head", "token"):
+            given[argument] = 1024  # strides are multiples of 16, and without that nothing is copied in vectors
         elif argument.islower():
             signature[argument] = "i32"
         else:

@@ -35,7 +35,7 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool) -> Ti
         # Integer products want whole words; wgmma would want values the other way round, so at most 32 rows.
         integers = min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1
         return Tiles(min(block_m, 32), 128 if width <= 256 else 64, 4, 3, 2, integers)
-    return Tiles(block_m, 128 if width <= 256 else 64 if width < 512 else 32, 4, 3, 2)
+    return Tiles(block_m, 128 if width <= 256 else 64 if width < 512 else 32, 4, 3, 1)
 
 
 @lru_cache(maxsize=4096)

@@ -15,4 +15,4 @@ def tiles_for(rows: int, rank: int, itemsize: int, codes: bool) -> Tiles:
         return Tiles(16, 16, 4, 1, 1)
     if block_m == 64:
         return Tiles(64, 64, 8, 2, 1)
-    return Tiles(block_m, 32 if rank > 256 else 64, 4, 3, 2)
+    return Tiles(block_m, 64, 4, 3, 1)
