@@ -89,7 +89,7 @@ def cases(suites: tuple[str, ...]) -> list[Case]:
     return [case for suite in suites for case in makers[suite]()]
 
 
-def flex_mask(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def flex_mask(case: Case, device: str = "cuda") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The case's mask as a user of FlexAttention would write it."""
     mask = case.mask
     if isinstance(mask, Causal):
@@ -103,11 +103,11 @@ def flex_mask(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         half, tokens = LONGFORMER[0] // 2, LONGFORMER[1]
         return lambda b, h, i, j: ((i - j <= half) & (j - i <= half)) | (i < tokens) | (j < tokens)
     if case.name.startswith("big_bird"):
-        at = torch.arange(0, case.length, BIG_BIRD, device="cuda")
+        at = torch.arange(0, case.length, BIG_BIRD, device=device)
         table = mask.visible(at[:, None], at[None])
         return lambda b, h, i, j: table[i // BIG_BIRD, j // BIG_BIRD]
-    ends = torch.tensor(DOCUMENTS[1:], device="cuda")
-    document = torch.bucketize(torch.arange(case.length, device="cuda"), ends, right=True)
+    ends = torch.tensor(DOCUMENTS[1:], device=device)
+    document = torch.bucketize(torch.arange(case.length, device=device), ends, right=True)
     return lambda b, h, i, j: (document[i] == document[j]) & (i >= j)
 
 

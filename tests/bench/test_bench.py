@@ -9,7 +9,7 @@ import torch
 
 from attnzoo import bench, cli, ops
 from attnzoo.bench import gate, report, table
-from attnzoo.bench.cases import Case, cases
+from attnzoo.bench.cases import Case, cases, flex_mask
 from attnzoo.bench.contestants import Unavailable, draw, prepare
 from attnzoo.masks import Causal, Full, SlidingWindow, big_bird
 from attnzoo.ops.softmax.choice import LENGTHS, Class, nearest, read
@@ -92,6 +92,18 @@ def test_every_case_has_a_name_of_its_own_and_ranks_in_a_known_class() -> None:
     every = cases(suites)
     assert len({(c.suite, c.name) for c in every}) == len(every) and {c.suite for c in every} == set(suites)
     assert {c.kind for c in every} == {"full", "causal", "window", "packed", "softcap", "sinks", "sparse"}
+
+
+@pytest.mark.parametrize("one", [c for c in cases(bench.SUITES) if "peer:flex" in c.contestants], ids=lambda c: c.name)
+def test_flex_attention_gets_the_same_mask(one) -> None:
+    generator = torch.Generator().manual_seed(0)
+    i = torch.randint(one.length, (600,), generator=generator)
+    far = torch.randint(one.length, (600,), generator=generator)
+    near = (i - torch.randint(-700, 4200, (600,), generator=generator)).clamp(0, one.length - 1)
+    flex = flex_mask(one, "cpu")
+    for j in (far, near, i):
+        want = torch.stack([one.mask.visible(a[None, None], b[None, None])[0, 0] for a, b in zip(i, j, strict=True)])
+        assert torch.equal(flex(0, 0, i, j), want)
 
 
 def rows(**times: dict[str, tuple[float, float | None]]) -> list[dict]:
