@@ -19,6 +19,7 @@ class StableLM(Separate):
 
     def __init__(self) -> None:
         super().__init__("stablelm", kv_heads=32, rotated=0.25)
+        self.centred_norm = True
 
     def geometry(self, config: Config) -> Geometry:
         return stock_geometry(config, self._kv_heads)
