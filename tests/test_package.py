@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_three_packages_with_every_config_and_nothing_else(w
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml") or path.name == "py.typed"
+        if path.suffix in (".py", ".yaml") or path.name in ("py.typed", "times.json")
     }
     assert held == wanted
     assert any(name.startswith("conf/") and name.endswith(".yaml") for name in held)
