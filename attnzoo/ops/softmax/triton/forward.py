@@ -174,9 +174,14 @@ def forward_kernel(
                         end = 0
                     if MASKED:
                         end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
+                listed = 0
+                if walk_tiles is not None:
+                    listed = tl.load(walk_tiles + begin, mask=begin < end, other=0)
                 for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
                     if walk_tiles is not None:
-                        start = tl.load(walk_tiles + n) * BLOCK_N
+                        start = listed * BLOCK_N
+                        # A tile ahead, so that nothing waits for the list.
+                        listed = tl.load(walk_tiles + n + 1, mask=n + 1 < end, other=0)
                     elif MASKED:
                         start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
                     else:
