@@ -78,16 +78,17 @@ def cases(steps: int) -> dict[str, tuple[float, Case]]:
 
 
 def rows_of(text: str, tokenizer: object, rows: int, length: int) -> torch.Tensor:
-    """Rows of tokens from all over a text, `[rows, length]`."""
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)  # type: ignore[operator]
-    ids = ids[: len(ids) // length * length].view(-1, length)
-    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:rows]]
+    """Rows of tokens from places all over a text, `[rows, length]`."""
+    wide = 12 * length  # characters, more than the tokens have
+    starts = torch.arange(rows) * ((len(text) - wide) // rows)
+    found = [tokenizer(text[start : start + wide]).input_ids[:length] for start in starts.tolist()]  # type: ignore[operator]
+    return torch.tensor(found)
 
 
-def read(paths: list[Path], pattern: str = "*", limit: int = 4_000_000) -> str:
+def read(paths: list[Path], pattern: str = "*") -> str:
     """The text of files, or of the files in folders."""
     files = [file for path in paths for file in (sorted(path.glob(pattern)) if path.is_dir() else [path])]
-    return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)[:limit]
+    return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnzoo.conversion import ConversionError
+from attnzoo.conversion import ConversionError, Refusal
 from attnzoo.conversion.damage import LayerDamage
 from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.latent.stock import check_held
-from attnzoo.hf.auto import stock_type
+from attnzoo.hf.auto import SwappedModel, stock_type
 from attnzoo.hf.latent_folder import convert_latent_folder
 from attnzoo.hf.latent_plan import plan_latent, run_latent
 from attnzoo.hf.latent_stock import as_deepseek
@@ -73,6 +73,8 @@ def convert_latent(
         return convert_latent_folder(source, spec, out, calibration, overwrite=overwrite, **fitting)[0]
     if not isinstance(source, PreTrainedModel):
         raise ValueError(f"source must be a checkpoint folder or a transformers model; got {type(source).__name__}")
+    if isinstance(source, SwappedModel):
+        raise Refusal("source is a swapped model; convert the model that it was made from")
     if out is not None:
         check_free(out, overwrite=overwrite)
         check_held(source.config.to_dict(), [one for one in [spec] if isinstance(one, MLA)])

@@ -20,10 +20,9 @@ from attnzoo.hf.calibration import convert_layers
 from attnzoo.hf.calibration_stage import Stage
 from attnzoo.hf.latent_survey import worthiest_frequencies
 from attnzoo.hf.latent_weights import filled, rope_of
-from attnzoo.hf.plan import one_a_layer
+from attnzoo.hf.plan import mask_of, one_a_layer
 from attnzoo.hf.swap import rotated
 from attnzoo.hf.weights import scale_of
-from attnzoo.masks import Causal
 from attnzoo.specs import MLA, Spec
 
 
@@ -82,7 +81,8 @@ def plan_latent(
             LatentPlan(config, family, geometry, weights, [], original, original, scale), specs, calibration
         )
     whole = [filled(one, geometry, rotated(original.model)) for one in specs]  # type: ignore[arg-type]
-    whole = [one if one.mask is not None else replace(one, mask=Causal()) for one in whole]
+    masks = [mask_of(layer, number, config) for number, layer in enumerate(map(original.attention_of, original.layers))]
+    whole = [replace(one, mask=one.mask or mask) for one, mask in zip(whole, masks, strict=True)]
     described = {"model_type": f"attnzoo_{family.model_type}", "attnzoo": {"spec": [one.to_dict() for one in whole]}}
     type(AutoConfig.for_model(described["model_type"])).from_dict({})  # which makes its model classes known
     new = Stage(config | described, _Without(weights, family), path, device=device, dtype=torch.float32)

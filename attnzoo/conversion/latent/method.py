@@ -88,7 +88,8 @@ class ToLatent(LayerMethod):
             w = refit_outputs(w, data)
         if data is not None and self._steps:
             w = regress(w, data, self._steps)
-        return {f"{self._path(number)}.{name}": t.to(p.q.dtype) for name, t in w.named().items()}
+        dtype = torch.promote_types(p.q.dtype, torch.float32)  # rounded once, where the result is written
+        return {f"{self._path(number)}.{name}": t.to(dtype) for name, t in w.named().items()}
 
 
 def in_halves(p: Projections, rotary: Rotary) -> Projections:

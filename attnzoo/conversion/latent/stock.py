@@ -24,6 +24,7 @@ from torch import Tensor
 from attnzoo.conversion.errors import Refusal
 from attnzoo.conversion.families import Config, Geometry
 from attnzoo.conversion.latent.factor import LatentWeights
+from attnzoo.masks import Causal
 from attnzoo.specs import MLA
 
 HELD = ("llama", "mistral", "qwen2", "qwen3")
@@ -48,7 +49,7 @@ def check_held(config: Config, specs: Sequence[MLA]) -> None:
         why = "its MLP has no biases"
     elif "sliding_attention" in kinds or (not kinds and window is not None):
         why = "it has no sliding window"
-    elif any(spec.mask is not None and str(spec.mask) != "Causal()" for spec in specs):
+    elif any(spec.mask not in (None, Causal()) for spec in specs):
         why = "it has the causal mask only"
     elif any(spec != specs[0] for spec in specs):
         why = "its layers are alike"
