@@ -101,6 +101,7 @@ def query_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
+    COPIED_ENDS: tl.constexpr,
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -164,8 +165,11 @@ def query_gradient_kernel(
             if d_lse is not None:
                 row_delta -= tl.load(d_lse + rows, mask=sees_any, other=0.0)
             padded = (batch.to(tl.int64) * heads + head) * stride_rows + q_start + t_row * STEP
-            tl.store(lse2 + padded, row_lse, mask=exists)
-            tl.store(delta + padded, row_delta, mask=exists)
+            written = exists
+            if COPIED_ENDS:  # the copy engine reads the padding of the last tile too
+                written = t_row < stride_rows
+            tl.store(lse2 + padded, row_lse, mask=written)
+            tl.store(delta + padded, row_delta, mask=written)
             acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
 
@@ -218,11 +222,11 @@ def query_gradient_kernel(
                         there = u_row < hi
                         if LEFT:
                             there = there & (u_row > first + shift - window)
-                    if MASKED or k_tiles is None:
+                    if (MASKED and not COPIED_ENDS) or k_tiles is None:
                         k0 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, 0, BLOCK_D, D)
                     else:
                         k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
-                    if MASKED or v_tiles is None:
+                    if (MASKED and not COPIED_ENDS) or v_tiles is None:
                         vt = load_rows(v_base, start, stride_vs * STEP, there, BLOCK_N, 0, BLOCK_DV, DV)
                     else:
                         vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
@@ -355,6 +359,7 @@ def key_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
+    COPIED_ENDS: tl.constexpr,
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -461,7 +466,7 @@ def key_gradient_kernel(
                             start = full_lo + n * BLOCK_M
                         t_row = start + tl.arange(0, BLOCK_M)
                         there = None
-                        if MASKED:
+                        if MASKED and not (COPIED_ENDS and q_tiles is not None):
                             # A query that sees no key may be NaN, and so may what arrives at its output.
                             row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
                             row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
@@ -472,11 +477,11 @@ def key_gradient_kernel(
                         else:
                             row_lse = lse2_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
                             row_delta = delta_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
-                        if MASKED or q_tiles is None:
+                        if (MASKED and not COPIED_ENDS) or q_tiles is None:
                             q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
                         else:
                             q0 = load_tile(q_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_D)
-                        if MASKED or do_tiles is None:
+                        if (MASKED and not COPIED_ENDS) or do_tiles is None:
                             do = load_rows(do_base, start, stride_dos * STEP, there, BLOCK_M, 0, BLOCK_DV, DV)
                         else:
                             do = load_tile(do_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_DV)

@@ -45,7 +45,7 @@ def forward_tiles(size: Size) -> Tiles:
     if size.wide > 256:
         return Tiles(64, 32, 8, 1)
     if size.wide > 128:
-        return Tiles(128, 64, 8, 2) if size.hopper else Tiles(64, 32, 4, 2)
+        return Tiles(128, 64, 8, 3 if size.wide <= 192 else 2) if size.hopper else Tiles(64, 32, 4, 2)
     if size.wide > 64:
         return Tiles(64, 64, 4, 3) if size.hopper else Tiles(128, 64, 8, 2)
     if size.hopper and size.reach > 8192:
@@ -58,7 +58,7 @@ def query_gradient_tiles(size: Size) -> Tiles:
     if size.dtype == torch.float32:
         return _fp32(size)
     if size.wide > 128:
-        return Tiles(64, 32, 4, 1)
+        return Tiles(128, 64 if size.wide <= 192 else 32, 8, 2) if size.hopper else Tiles(64, 32, 4, 1)
     if size.wide > 64:
         return Tiles(128, 64, 8, 3) if size.hopper and size.reach > 2048 else Tiles(64, 64, 4, 2)
     return Tiles(128, 64, 4, 3) if size.hopper else Tiles(128, 64, 4, 2)
@@ -68,8 +68,10 @@ def key_gradient_tiles(size: Size) -> Tiles:
     """For dK and dV."""
     if size.dtype == torch.float32:
         return _fp32(size)
+    if size.wide > 192:
+        return Tiles(64, 64, 8, 2) if size.hopper else Tiles(32, 64, 4, 1)
     if size.wide > 128:
-        return Tiles(32, 64, 4, 1)
+        return Tiles(32, 64, 4, 2)
     if size.wide > 64:
         return Tiles(64, 64, 4, 2)
     return Tiles(64, 64, 4, 3)

@@ -92,6 +92,8 @@ def forward_kernel(
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
     PLAIN: tl.constexpr,  # nothing is done to the scores but scaling by a positive number
+    BOUNDED: tl.constexpr,  # scores lie within a softcap so low that exponentials need no maximum subtracted
+    COPIED_ENDS: tl.constexpr,  # partial tiles come through descriptors too: every key of theirs is seen by some query
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -139,7 +141,7 @@ def forward_kernel(
             q1 = q0
             if BLOCK_E > 0:
                 q1 = load_rows(q_base, first, stride_qs * STEP, exists, BLOCK_M, BLOCK_D, BLOCK_E, D)
-            top = tl.full([BLOCK_M], LOWEST, tl.float32)
+            top = tl.full([BLOCK_M], 0.0 if BOUNDED else LOWEST, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
@@ -193,7 +195,7 @@ def forward_kernel(
                         v_there = u_row < hi
                         if LEFT:
                             v_there = v_there & (u_row > first + shift - window)
-                    if MASKED or k_tiles is None:
+                    if (MASKED and not COPIED_ENDS) or k_tiles is None:
                         k0 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, 0, BLOCK_D, D)
                     else:
                         k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
@@ -217,7 +219,7 @@ def forward_kernel(
                             s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
                             stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
-                    if MASKED or v_tiles is None:
+                    if (MASKED and not COPIED_ENDS) or v_tiles is None:
                         vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
                     else:
                         vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
@@ -225,21 +227,28 @@ def forward_kernel(
                         # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
                         seen = tl.max((s != float("-inf")).to(tl.int32), 0)
                         vt = tl.where(seen[:, None] > 0, vt, 0.0)
-                    if PLAIN:  # the greatest score is the scaled greatest product, which saves a multiplication each
+                    if BOUNDED:
+                        higher = top
+                        p = tl.exp2(s)
+                    elif PLAIN:  # the greatest score is the scaled greatest product, which saves a multiplication each
                         higher = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
                         p = tl.exp2(s * (scale * LOG2E) - higher[:, None])
                     else:
                         higher = tl.maximum(top, tl.max(s, 1))
                         p = tl.exp2(s - higher[:, None])
-                    shrink = tl.exp2(top - higher)
-                    total = total * shrink + tl.sum(p, 1)
+                    if BOUNDED:
+                        total += tl.sum(p, 1)
+                    else:
+                        shrink = tl.exp2(top - higher)
+                        total = total * shrink + tl.sum(p, 1)
+                        acc *= shrink[:, None]
                     if seed is not None:
                         keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                         p = tl.where(keep, p * (1.0 / (1.0 - dropout_p)), 0.0)
-                    acc = tl.dot(p.to(vt.dtype), vt, acc * shrink[:, None], input_precision=PRECISION)
+                    acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
                     top = higher
 
-            blind = (total == 0.0) & (top == LOWEST)
+            blind = total == 0.0
             if sinks is not None:
                 sink = tl.load(sinks + head).to(tl.float32) * LOG2E
                 higher = tl.maximum(top, sink)

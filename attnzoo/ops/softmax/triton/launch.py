@@ -32,6 +32,9 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     tiles = tiles or config.forward_tiles(size_of(x, pattern, _capability(x)))
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
     plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
+    # e^60 and e^-60, and sums of millions of them, are far from what fp32 and bf16 can hold.
+    bounded = x.softcap is not None and x.softcap <= 60 and x.q.dtype != torch.float16
+    bounded = bounded and x.bias is None and x.slopes is None
     constants = _constants(x, pattern, tiles)
     forward_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
         *(x.q, x.k, x.v, out, lse, x.sinks),
@@ -45,6 +48,7 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
         *_numbers(x, pattern, each),
         **constants,
         PLAIN=plain,
+        BOUNDED=bounded,
     )
     return out, lse
 
@@ -84,7 +88,7 @@ def backward(
     )
     tiles = config.key_gradient_tiles(size)
     each = _tiles_each(x, pattern, x.k.shape[2], tiles.n)
-    constants = _constants(x, pattern, tiles)
+    constants = _constants(x, pattern, tiles) | {"PARTIAL_STAGES": 1}  # registers are short here
     key_gradient_kernel[(each * x.k.shape[0] * x.k.shape[1],)](
         *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
         *_options(x),
@@ -127,7 +131,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
         *_option_strides(x),
         *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
         *(x.scale, x.softcap, x.dropout_p),
-        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP", "PARTIAL_STAGES")},
+        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP", "COPIED_ENDS", "PARTIAL_STAGES")},
     )
     return d_bias.sum_to_size(own).reshape(shape).to(x.bias.dtype)
 
@@ -201,6 +205,9 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
     dim, v_dim = x.q.shape[-1], x.v.shape[-1]
     block, extra = head_blocks(dim)
     whole, rest = head_blocks(v_dim)
+    # In self-attention by an interval that holds the query's own key, every key is seen and every query sees.
+    interval = pattern.program is None and x.dense is None and x.key_lengths is None and x.cu_q is None
+    ends = interval and pattern.step == 1 and x.q.shape[2] == x.k.shape[2]
     return {
         "GROUP": x.group,
         "D": dim,
@@ -215,7 +222,8 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
         "LEFT": pattern.left,
         "RIGHT": pattern.right,
         "PROGRAM": pattern.program,
-        "PARTIAL_STAGES": tiles.stages if pattern.program is not None or x.dense is not None else 1,
+        "COPIED_ENDS": ends,
+        "PARTIAL_STAGES": 2 if ends else 1,
         "PRECISION": precision(x.q.dtype),
         "FAST": x.q.dtype == torch.bfloat16 and not interpreted(),
         "num_warps": tiles.warps,

@@ -211,7 +211,8 @@ def score(
         at = bias + row.to(tl.int64) * stride_bias_q + column.to(tl.int64) * stride_bias_k
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if ALIBI:
-        s -= (slope * LOG2E) * (tl.abs(i - j) * STEP).to(tl.float32)
+        # In floats from the start: a conversion of each distance costs as much as its exponential.
+        s -= (slope * (STEP * LOG2E)) * tl.abs(i.to(tl.float32) - j.to(tl.float32))
     return s, t
 
 
@@ -255,5 +256,5 @@ def kept(seed, head, row, column, dropout_p):
     """Whether a weight survives dropout: Philox of the element's place, so that the backward draws the same."""
     shape = row + column
     low = tl.load(seed)
-    bits, _, _, _ = tl.philox(low, row + shape * 0, column + shape * 0, head + shape * 0, shape * 0)
+    bits, _, _, _ = tl.philox(low, row + shape * 0, column + shape * 0, head + shape * 0, shape * 0, n_rounds=7)
     return (bits >> 8).to(tl.float32) * (1.0 / 16777216.0) >= dropout_p
