@@ -41,7 +41,7 @@ def _build(
     **constants: Any,
 ) -> Build:
     given: dict[str, Any] = {"D": 128, "DV": 128, "Q_LEN": 1, "PAGE": 0, "RING": False, "RECENT": False} | constants
-    tiles = tiles_for(rows, given["D"], given["DV"], 4 if dtype == "fp32" else 2, codes > 0)
+    tiles = tiles_for(rows, given["D"], given["DV"], 4 if dtype == "fp32" else 2, codes > 0, given["PAGE"])
     given |= {"SOFTCAP": False, **constants, "GROUP": rows // given["Q_LEN"], "SPLIT": split, "QUANT": codes}
     given |= {"INTEGER": tiles.integers, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PRECISION": "ieee"}
     given |= {"BLOCK_D": 1 << (given["D"] - 1).bit_length(), "BLOCK_DV": 1 << (given["DV"] - 1).bit_length()}

@@ -74,7 +74,7 @@ def decode_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_qsum = tl.sum(b_q.to(tl.float32), 1) if QUANT > 1 else None
     if INTEGER:
-        b_high, b_low, b_unit = halves_of_queries(b_q)
+        b_halves, b_unit = halves_of_queries(b_q)
         acc_0 = tl.zeros([BLOCK_M, DV // 4], tl.float32)
         acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
     head = i_head.to(tl.int64)
@@ -125,7 +125,7 @@ def decode_kernel(
             k_offset, v_offset = tl.load(K_OFFSET + s_at + slot), tl.load(V_OFFSET + s_at + slot)
         if INTEGER:
             b_v = load_words(V, v_at, slot, v_token, None, DV)  # [BLOCK_N, DV / 4]
-            b_s = integer_scores(b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
+            b_s = integer_scores(b_halves, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
             b_max, b_sum, acc_0, acc_1, acc_2, acc_3 = integer_attend(
                 b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT
             )
@@ -152,7 +152,7 @@ def decode_kernel(
             v_offset = tl.load(V_OFFSET + s_from + place, mask=live, other=0.0)
         if INTEGER:
             b_v = load_words(V, v_from, place, v_token, live, DV)
-            b_s = integer_scores(b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
+            b_s = integer_scores(b_halves, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
             b_s = hide(b_s, b_query, n, live, back, ahead)
             b_max, b_sum, acc_0, acc_1, acc_2, acc_3 = integer_attend(
                 b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT
@@ -302,10 +302,20 @@ def attend(
 
 @triton.jit
 def halves(x):
-    """Numbers of at most 16256, rounded, as two int8: `128 * high + low`."""
+    """Numbers `[M, N]` of at most 16256, rounded, as int8 `[2 * M, N]`: `128 * high + low`, first all high parts."""
     whole = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # 1.5 * 2**23 leaves the integer in the last bits
     high = (whole + 64) >> 7
-    return high.to(tl.int8), (whole - (high << 7)).to(tl.int8)
+    # Chosen, not joined and permuted: the latter would leave columns in order, which are read back byte by byte.
+    both = tl.where((tl.arange(0, 2) == 0)[:, None, None], high[None, :, :], (whole - (high << 7))[None, :, :])
+    return tl.reshape(both.to(tl.int8), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def joined(x):
+    """What products with `halves` are worth: `[2 * M, N]` to fp32 `[M, N]`."""
+    parts = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1]))
+    weights = tl.where(tl.arange(0, 2) == 0, 128, 1)
+    return tl.sum(parts * weights[:, None, None], 0).to(tl.float32)
 
 
 @triton.jit
@@ -313,8 +323,7 @@ def halves_of_queries(b_q):
     """Queries `[BLOCK_M, D]` as two int8, to 15 bits of each query's largest number, and the unit of these."""
     largest = tl.max(tl.abs(b_q.to(tl.float32)), 1)
     unit = tl.where(largest > 0, largest, 1.0) / 16256.0
-    b_high, b_low = halves(b_q.to(tl.float32) / unit[:, None])
-    return b_high, b_low, unit
+    return halves(b_q.to(tl.float32) / unit[:, None]), unit
 
 
 @triton.jit
@@ -327,13 +336,12 @@ def load_words(BASE, at, slot, stride, live, DV: tl.constexpr):
 
 @triton.jit
 def integer_scores(
-    b_high, b_low, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP: tl.constexpr, QUANT: tl.constexpr
+    b_halves, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP: tl.constexpr, QUANT: tl.constexpr
 ):  # fmt: skip
     """Scores from codes as they are: no key is converted."""
-    b_kt = tl.trans(b_k)
-    whole = tl.dot(b_high, b_kt, out_dtype=tl.int32) * 128 + tl.dot(b_low, b_kt, out_dtype=tl.int32)
+    whole = joined(tl.dot(b_halves, tl.trans(b_k), out_dtype=tl.int32))
     if SOFTCAP or QUANT > 1:
-        b_s = whole.to(tl.float32) * b_unit[:, None] * k_scale[None, :]
+        b_s = whole * b_unit[:, None] * k_scale[None, :]
         if QUANT > 1:
             b_s += b_qsum[:, None] * k_offset[None, :]
         if SOFTCAP:
@@ -341,7 +349,7 @@ def integer_scores(
         else:
             b_s *= scale
     else:
-        b_s = whole.to(tl.float32) * (b_unit * scale)[:, None] * k_scale[None, :]
+        b_s = whole * (b_unit * scale)[:, None] * k_scale[None, :]
     return b_s
 
 
@@ -359,13 +367,13 @@ def integer_attend(
     b_sum = b_sum * shrink + tl.sum(b_p, 1) * share
     largest = tl.max(v_scale)
     largest = tl.where(largest > 0, largest, 1.0)
-    b_high, b_low = halves(b_p * (v_scale * (16256.0 / largest))[None, :])
+    b_halves = halves(b_p * (v_scale * (16256.0 / largest))[None, :])
     unit = (share * (largest / 16256.0))[:, None]
     shrink = shrink[:, None]
-    acc_0 = acc_0 * shrink + weigh(b_high, b_low, b_v, 0) * unit
-    acc_1 = acc_1 * shrink + weigh(b_high, b_low, b_v, 8) * unit
-    acc_2 = acc_2 * shrink + weigh(b_high, b_low, b_v, 16) * unit
-    acc_3 = acc_3 * shrink + weigh(b_high, b_low, b_v, 24) * unit
+    acc_0 = acc_0 * shrink + weigh(b_halves, b_v, 0) * unit
+    acc_1 = acc_1 * shrink + weigh(b_halves, b_v, 8) * unit
+    acc_2 = acc_2 * shrink + weigh(b_halves, b_v, 16) * unit
+    acc_3 = acc_3 * shrink + weigh(b_halves, b_v, 24) * unit
     if QUANT > 1:
         extra = (tl.sum(b_p * v_offset[None, :], 1) * share)[:, None]
         acc_0, acc_1, acc_2, acc_3 = acc_0 + extra, acc_1 + extra, acc_2 + extra, acc_3 + extra
@@ -373,11 +381,9 @@ def integer_attend(
 
 
 @triton.jit
-def weigh(b_high, b_low, b_v, SHIFT: tl.constexpr):
+def weigh(b_halves, b_v, SHIFT: tl.constexpr):
     """Weighted sums of one code of each word."""
-    codes = (b_v >> SHIFT).to(tl.int8)
-    whole = tl.dot(b_high, codes, out_dtype=tl.int32) * 128 + tl.dot(b_low, codes, out_dtype=tl.int32)
-    return whole.to(tl.float32)
+    return joined(tl.dot(b_halves, (b_v >> SHIFT).to(tl.int8), out_dtype=tl.int32))
 
 
 @triton.jit

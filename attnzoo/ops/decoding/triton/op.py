@@ -55,7 +55,8 @@ def decode(
     if out.numel() == 0:
         return out
     rows = heads // k_heads * q_len
-    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1)
+    page = 0 if table is None else size
+    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, page)
     m_tiles = -(-rows // tiles.block_m)
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident
@@ -78,7 +79,7 @@ def decode(
             "D": dim,
             "DV": v_dim,
             "SPLIT": splits > 1,
-            "PAGE": 0 if table is None else size,
+            "PAGE": page,
             "RING": ring,
             "QUANT": len(k) - 1,
             "RECENT": len(recent) > 0,

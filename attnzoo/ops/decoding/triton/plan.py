@@ -25,17 +25,31 @@ def next_power_of_two(n: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool) -> Tiles:
-    """For `rows` queries of a key/value head, vectors of `dim` and `v_dim`, and elements of `itemsize` bytes."""
+def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page: int = 0) -> Tiles:
+    """Measured on an H200; for `rows` queries of a key/value head, vectors of `dim` and `v_dim`.
+
+    Args:
+        rows: queries of all heads of a group.
+        dim, v_dim: size of a key and of a value.
+        itemsize: bytes of a query's element.
+        codes: whether keys and values are int8.
+        page: tokens of a page; 0: no pages. A tile within one page needs one look-up.
+    """
     block_m = min(max(next_power_of_two(rows), 16), 64)
     width = next_power_of_two(dim) + next_power_of_two(v_dim)
     if itemsize == 4:
         return Tiles(min(block_m, 32), 32, 4, 2, 2)
+    if codes and min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1:
+        if rows <= 8:  # many programs of one warp: nothing to wait for but memory
+            return Tiles(8, 32, 1, 4, 9, True)
+        return Tiles(16, 64, 2, 3, 4, True) if rows <= 16 else Tiles(32, 64, 4, 3, 3, True)
     if codes:
-        # Integer products want whole words; wgmma would want values the other way round, so at most 32 rows.
-        integers = min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1
-        return Tiles(min(block_m, 32), 128 if width <= 256 else 64, 4, 3, 2, integers)
-    return Tiles(block_m, 128 if width <= 256 else 64 if width < 512 else 32, 4, 3, 1)
+        return Tiles(min(block_m, 32), 64, 4, 3, 2)
+    if width > 256:
+        return Tiles(block_m, 64 if width < 512 else 32, 4, 3, 1)
+    if 0 < page < 128:
+        return Tiles(block_m, 64, 4, 4 if page == 64 else 5, 2)
+    return Tiles(block_m, 128, 4, 3, 1)
 
 
 @lru_cache(maxsize=4096)
