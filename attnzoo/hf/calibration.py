@@ -43,7 +43,7 @@ def convert_layers(
     new: Stage,
     method: LayerMethod,
     attention: Callable[[int], Mapping[str, Tensor]],
-    calibration: Tensor,
+    calibration: Tensor | None,
     held_out: Tensor | None = None,
     *,
     finished: Callable[[int], Mapping[str, Tensor] | None] = lambda number: None,
@@ -57,9 +57,9 @@ def convert_layers(
     Args:
         original, new: the two models. `new` is filled with its checkpoint's tensors and, for the attention, with what
             the method gave.
-        method: called once a layer, in order.
+        method: called once a layer, in order; gets no data where there is no calibration text.
         attention: the original attention's tensors of a layer, by their names inside the module.
-        calibration: token ids `[rows, S]`, no padding.
+        calibration: token ids `[rows, S]`, no padding; None for a method that needs no text.
         held_out: token ids of text that shall only be run, not learned from; for the damage.
         finished: a layer's new tensors from an earlier run, or None; it is then run, not converted again.
         keep: called with a layer's number and new tensors, by full names, once they are known.
@@ -70,7 +70,7 @@ def convert_layers(
     Returns:
         The damage of each layer (on the held-out text, if there is any), and the streams behind the last layer.
     """
-    batches = [*_batches(calibration), *(() if held_out is None else _batches(held_out))]
+    batches = [*_batches(calibration), *_batches(held_out)]
     calibrating = len(_batches(calibration))
     walk = Walk(
         batches, calibrating, _streams(original, batches, storage, spill), _streams(new, batches, storage, spill)
@@ -83,7 +83,7 @@ def convert_layers(
         start = time.perf_counter()
         if tensors is None:
             with torch.enable_grad():
-                tensors = method(number, attention(number), data)
+                tensors = method(number, attention(number), data if calibrating else None)
         seconds = time.perf_counter() - start
         keep(number, tensors)
         errors = _run_new(new, number, tensors, walk, data)
@@ -93,8 +93,8 @@ def convert_layers(
     return damages, walk
 
 
-def _batches(tokens: Tensor) -> Sequence[Tensor]:
-    return tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
+def _batches(tokens: Tensor | None) -> Sequence[Tensor]:
+    return () if tokens is None else tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
 
 
 def _streams(stage: Stage, batches: list[Tensor], storage: torch.dtype, spill: Path | None) -> Activations:
@@ -152,7 +152,8 @@ class _Data(LayerData):
         self.moments, self.attended = (Moments(walk.new[0].shape[-1]) for _ in range(2))
         self._new, self._walk, self._wanted = new, walk, method.target if method else None
         self._gathers = method is not None
-        self._calls: dict[int, _Seen] = {}
+        self._calls: dict[int, tuple[tuple[Any, ...] | None, dict[str, Any]]] = {}
+        self._storage, self._spill = storage, spill
         sizes = [(tokens.shape[0], tokens.shape[1]) for tokens in walk.batches]
         dim = walk.new[0].shape[-1]
         self.same = Activations(sizes, dim, storage, spill)
@@ -186,24 +187,33 @@ class _Data(LayerData):
         return kept[batch].to(self._new.device, self._new.dtype)
 
     def attend(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-        attention, seen = self._attention(batch)
-        return _first(functional_call(attention, dict(tensors), *seen.call(self.inputs(batch))))
+        attention, args, kwargs = self._attention(batch)
+        return _first(functional_call(attention, dict(tensors), args, kwargs))
 
     def inside(self, tensors: Mapping[str, Tensor], batch: int, module: str) -> Tensor:
-        attention, seen = self._attention(batch)
+        attention, args, kwargs = self._attention(batch)
         with _watching(attention.get_submodule(module), stop="before") as found:
-            functional_call(attention, dict(tensors), *seen.call(self.inputs(batch)))
+            functional_call(attention, dict(tensors), args, kwargs)
         return found.input
 
-    def _attention(self, batch: int) -> tuple[nn.Module, _Seen]:
-        if batch not in self._calls:
+    def _attention(self, batch: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """The new attention, and what it is called with: its inputs are not the original's where a norm was folded."""
+        if not self._calls:
+            sizes = [(len(tokens), tokens.shape[1]) for tokens in self._walk.batches[: self.batches]]
+            self._own_inputs = Activations(sizes, self._walk.new[0].shape[-1], self._storage, self._spill)
             with self._new.layer(self.number, partly=True) as layer, torch.no_grad():
                 attention = self._new.attention_of(layer)
                 for number in range(self.batches):
                     with _watching(attention, stop="before") as seen:
                         self._new.run(layer, self.number, self._walk.new[number])
-                    self._calls[number] = seen
-        return self._new.attention_of(self._new.layers[self.number]), self._calls[batch]
+                    self._own_inputs[number] = seen.input
+                    del seen.input
+                    self._calls[number] = (seen.args[1:] if seen.args else None, _without_input(seen.kwargs))
+        rest, kwargs = self._calls[batch]
+        x = self._own_inputs[batch].to(self._new.device, self._new.dtype)
+        args = () if rest is None else (x, *rest)
+        kwargs = {**kwargs, "hidden_states": x} if rest is None else kwargs
+        return self._new.attention_of(self._new.layers[self.number]), args, kwargs
 
 
 class _Stop(Exception):
@@ -218,11 +228,9 @@ class _Seen:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def call(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with another input."""
-        if self.args:
-            return (x, *self.args[1:]), self.kwargs
-        return (), {**self.kwargs, "hidden_states": x}
+
+def _without_input(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnzoo.conversion import ConversionError
+from attnzoo.conversion.families.code import Code
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments behind the hidden states
 
@@ -24,6 +26,7 @@ class Stage:
         weights: every tensor by its name in the checkpoint; read when it is asked for, so this may be a view of files.
         attention: path of a layer's attention in the model, as "model.layers.{layer}.self_attn".
         device, dtype: where and in what layers compute.
+        code: where the model's class stands, if it is not one of transformers.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class Stage:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        code: Code | None = None,
     ) -> None:
         self.device, self.dtype = device, dtype
-        self.model = _empty_model(dict(config))
+        self.model = _empty_model(dict(config), code)
         self.layers_path, _, self.attention = attention.partition(".{layer}.")
         self.layers: nn.ModuleList = self.model.get_submodule(self.layers_path)  # type: ignore[assignment]
         self._weights = weights
@@ -182,11 +186,19 @@ class _OtherKind(Exception):
     """The model wants another kind of result from a layer."""
 
 
-def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
-    config = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    built = AutoConfig.for_model(config.pop("model_type"), **config)
+def _empty_model(config: dict[str, Any], code: Code | None) -> PreTrainedModel:
+    for key in ("auto_map", "quantization_config", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    model_type = config.pop("model_type")
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        if code is None:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)
+        else:
+            module = import_module(code.module)
+            name = next((name for auto, name in code.classes.values() if auto == "AutoModelForCausalLM"), None)
+            if name is None:
+                raise ConversionError(f"{model_type} has no causal language model, which is what text is run through")
+            model = getattr(module, name)(getattr(module, code.config)(**config))
     return model.eval()
 
 
