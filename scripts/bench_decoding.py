@@ -34,7 +34,7 @@ try:
 except ImportError:
     fa3 = None
 
-DTYPE, DIM, RANK, ROPE = torch.bfloat16, 128, 512, 64
+DTYPE, DIM, RANK, ROPE, SCALE = torch.bfloat16, 128, 512, 64, 192**-0.5
 Run = Callable[[], Tensor]
 
 
@@ -137,11 +137,15 @@ def queries() -> Iterator[dict[str, Any]]:
     cache = filled("contiguous", 16, 8, 8192)
     own = None
     for count in (1, 4, 8, 16):
-        q, mask = rand(16, 32, count, DIM), Causal()
+        q = rand(16, 32, count, DIM)
         truth = exact(q[:2], *view_of(cache, 2))
         nbytes = 16 * 8 * 8192 * DIM * 4
         row = timed(
-            "32/8 heads, 16 x 8192", f"{count} queries", [lambda q=q: decode(q, cache, mask=mask)], nbytes, truth
+            "32/8 heads, 16 x 8192",
+            f"{count} queries",
+            [lambda q=q, c=cache: decode(q, c, mask=Causal())],
+            nbytes,
+            truth,
         )
         own = own or row
         yield row | {"of_own": row["ms"] / own["ms"], "graph_of_own": row["graph_ms"] / own["graph_ms"]}
@@ -157,7 +161,7 @@ def queries() -> Iterator[dict[str, Any]]:
 
 
 def latent() -> Iterator[dict[str, Any]]:
-    """Absorbed latent attention over contiguous, paged and int8 latents. `of_peer`: FlashAttention 3's time over ours."""
+    """Absorbed latent attention over contiguous, paged and int8 latents. `of_peer`: FA3's time over ours."""
     for heads, batch in ((128, 16), (128, 64), (16, 16), (16, 64)):
         case, peers, length = f"{heads} heads, {batch} x 8192", [], 8192
         flops = 2 * batch * heads * length * (2 * RANK + ROPE)
@@ -166,20 +170,17 @@ def latent() -> Iterator[dict[str, Any]]:
             sets = [filled(kind, batch, 1, length, RANK, ROPE) for _ in range(count)]
             q, q_rope = rand(batch, heads, 1, RANK), rand(batch, heads, 1, ROPE)
             c, r = view_of(sets[0], 2)
-            truth = exact(torch.cat([q, q_rope], -1)[:2], torch.cat([c, r], -1), c, 192**-0.5)
+            truth = exact(torch.cat([q, q_rope], -1)[:2], torch.cat([c, r], -1), c, SCALE)
             nbytes = batch * length * ((RANK + ROPE) * 2 if kind != "int8" else RANK + ROPE + 8)
             if kind == "latent" and fa3 is not None:
                 args = [[part.transpose(1, 2).contiguous() for part in cache.view()] for cache in sets]
-                peer = [q_rope.transpose(1, 2).contiguous(), q.transpose(1, 2).contiguous()]
-                runs = [
-                    lambda a=a: fa3.flash_attn_with_kvcache(peer[0], a[1], a[0], qv=peer[1], softmax_scale=192**-0.5)
-                    for a in args
-                ]
+                args = [(q_rope.transpose(1, 2), *pair[::-1], q.transpose(1, 2)) for pair in args]
+                runs = [lambda a=a: fa3.flash_attn_with_kvcache(*a[:3], qv=a[3], softmax_scale=SCALE) for a in args]
                 runs = [lambda run=run: run().transpose(1, 2) for run in runs]
                 peers.append(timed(case, "FA3 qv", runs, nbytes, truth, flops))
                 yield peers[-1]
                 del args
-            runs = [lambda c=c: latent_decode(q, q_rope, c, scale=192**-0.5) for c in sets]
+            runs = [lambda c=c, q=q, p=q_rope: latent_decode(q, p, c, scale=SCALE) for c in sets]
             yield compared(timed(case, kind, runs, nbytes, truth, flops), peers, "of_peer")
             del sets, runs
 

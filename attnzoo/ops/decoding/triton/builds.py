@@ -26,7 +26,7 @@ def builds() -> Builds:
     yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
     yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
     signature = {"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16", "splits": "i32", "heads": "i32"}
-    constants = {"SINKS": None, "Q_LEN": 1, "DV": 128, "BLOCK_S": 64, "BLOCK_DV": 128}
+    constants = {"SINKS": None, "Q_LEN": 1, "DV": 128, "BLOCK_S": 64, "BLOCK_DV": 128, "EARLY": False}
     yield Build("merge", merge_kernel, signature, constants)
 
 
@@ -43,7 +43,13 @@ def _build(
     given: dict[str, Any] = {"D": 128, "DV": 128, "Q_LEN": 1, "PAGE": 0, "RING": False, "RECENT": False} | constants
     tiles = tiles_for(rows, given["D"], given["DV"], 4 if dtype == "fp32" else 2, codes > 0, given["PAGE"])
     given |= {"SOFTCAP": False, **constants, "GROUP": rows // given["Q_LEN"], "SPLIT": split, "QUANT": codes}
-    given |= {"INTEGER": tiles.integers, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PRECISION": "ieee"}
+    given |= {
+        "INTEGER": tiles.integers,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "PRECISION": "ieee",
+        "EARLY": False,
+    }
     given |= {"BLOCK_D": 1 << (given["D"] - 1).bit_length(), "BLOCK_DV": 1 << (given["DV"] - 1).bit_length()}
     vectors = "*i8" if codes else f"*{dtype}"
     types = {"Q": f"*{dtype}", "K": vectors, "V": vectors, "OUT": f"*{dtype}"}

@@ -36,9 +36,11 @@ def decode_kernel(
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
     INTEGER: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
+    if EARLY and SPLIT:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge may be set up; it waits for the results itself
     i_split, i_head, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_tile, i_head = i_head // k_heads, i_head % k_heads
     row = i_row.to(tl.int64)
@@ -169,8 +171,8 @@ def decode_kernel(
         low = tl.where(i_split == splits - 1, tl.maximum(first, fresh), last)
         RECENT_K += (row * k_heads + head) * recent_size * D
         RECENT_V += (row * k_heads + head) * recent_size * DV
-        for n0 in tl.range(low, last, BLOCK_N, num_stages=1):
-            n = n0 + o_n
+        for n0 in range(low, last, 16):  # small tiles: these few tokens must not cost the other loops registers
+            n = n0 + tl.arange(0, 16)
             live = n < last
             fresh_slot = n % recent_size
             b_k = load_vectors(RECENT_K, row * 0, fresh_slot, D, o_d, live, D, BLOCK_D)
@@ -418,9 +420,11 @@ def store_part(
 def merge_kernel(
     PART, LSE, SINKS, OUT,  # [rows, splits, DV], [rows, splits], [heads], [rows, DV]; a row is a query of a head
     splits, heads,
-    Q_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    Q_LEN: tl.constexpr, DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query: their shares weighted by their logsumexp."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_s, o_dv = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_lse = tl.load(LSE + i_row * splits + o_s, mask=o_s < splits, other=DEAD)

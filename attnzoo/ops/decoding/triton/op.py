@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.ops.decoding.triton.launch import Launcher
 from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for, tiles_for
-from attnzoo.ops.launching import num_multiprocessors
+from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
 
 def decode(
@@ -89,6 +89,7 @@ def decode(
             "BLOCK_N": tiles.block_n,
             "BLOCK_D": max(next_power_of_two(dim), 16),
             "BLOCK_DV": max(next_power_of_two(v_dim), 16),
+            "EARLY": starts_early(q.device),
             "PRECISION": "ieee",
         },
         num_warps=tiles.num_warps,
@@ -109,6 +110,11 @@ def launcher(name: str) -> Launcher:
     return Launcher(getattr(kernels, name))
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether the merge can be launched while the splits still run (programmatic dependent launch, from Hopper on)."""
+    return device.type == "cuda" and not interpreted() and capability(device.index) >= (9, 0)
+
+
 def parts_for(out: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
     """Memory for the splits' shares `[B, H, Sq, splits, Dv]` and logsumexps; none where nothing is split."""
     if splits == 1:
@@ -124,13 +130,15 @@ def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Te
         return
     batch, heads, q_len, splits, v_dim = part.shape
     width = min(next_power_of_two(v_dim), 128)
+    early = starts_early(out.device)
     launcher("merge_kernel")(
         (batch * heads * q_len, -(-v_dim // width), 1),
         (part, lse, sinks, out),
         (splits,),
         (heads,),
-        {"Q_LEN": q_len, "DV": v_dim, "BLOCK_S": next_power_of_two(splits), "BLOCK_DV": width},
+        {"Q_LEN": q_len, "DV": v_dim, "BLOCK_S": next_power_of_two(splits), "BLOCK_DV": width, "EARLY": early},
         num_warps=4 if splits > 8 else 2,
+        **({"launch_pdl": True} if early else {}),
     )
 
 

@@ -35,7 +35,7 @@ def _build(
 ) -> Build:
     given: dict[str, Any] = {"RANK": 512, "ROPE": 64, "PAGE": 0, "RING": False, "RECENT": False} | constants
     tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0)
-    given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee"}
+    given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee", "EARLY": False}
     given |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_R": given["RANK"], "BLOCK_P": given["ROPE"]}
     vectors = "*i8" if codes else f"*{dtype}"
     types = {"Q": f"*{dtype}", "Q_ROPE": f"*{dtype}", "C": vectors, "R": vectors, "OUT": f"*{dtype}"}

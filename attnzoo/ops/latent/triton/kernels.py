@@ -43,9 +43,11 @@ def latent_kernel(
     HEADS: tl.constexpr, Q_LEN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
+    if EARLY and SPLIT:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge may be set up; it waits for the results itself
     i_tile, i_split, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = i_row.to(tl.int64)
     if LENGTHS is not None:

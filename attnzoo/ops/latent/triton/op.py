@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.decoding.triton.launch import Launcher
-from attnzoo.ops.decoding.triton.op import merge, parts_for, three
+from attnzoo.ops.decoding.triton.op import merge, parts_for, starts_early, three
 from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for
 from attnzoo.ops.latent.triton.plan import tiles_for
 from attnzoo.ops.launching import num_multiprocessors
@@ -86,6 +86,7 @@ def latent_decode(
             "BLOCK_N": tiles.block_n,
             "BLOCK_R": max(next_power_of_two(rank), 16),
             "BLOCK_P": max(next_power_of_two(rope), 16),
+            "EARLY": starts_early(q.device),
             "PRECISION": "ieee",
         },
         num_warps=tiles.num_warps,

@@ -1,0 +1,111 @@
+"""Decoding on a GPU at sizes that the interpreter cannot walk: long rows, graphs, addresses past 2**31, no waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnzoo.caches import ContiguousCache, Int8Cache, PagedCache, PagedInt8Cache
+from attnzoo.caches.token_cache import TokenCache
+from attnzoo.masks import Causal, Full, SlidingWindow
+from attnzoo.ops import decode
+from attnzoo.ops.decoding import Rows, Stored
+from attnzoo.ops.decoding.reference import decode_reference
+from tests.support.compare import assert_as_accurate
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def filled(kind: str, counts: list[int], heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> TokenCache:
+    batch, room = len(counts), 8192
+    options = {"head_dim": 128, "dtype": dtype, "device": "cuda"}
+    if kind.startswith("paged"):
+        cls = PagedInt8Cache if kind == "paged int8" else PagedCache
+        cache: TokenCache = cls(batch, heads, room // 32 * batch, page_size=32, max_length=room, **options)
+    else:
+        cache = (Int8Cache if kind == "int8" else ContiguousCache)(batch, heads, room, **options)
+    tokens = [torch.randn(batch, heads, max(counts), 128, device="cuda", dtype=dtype) for _ in range(2)]
+    cache.append(*tokens, torch.tensor(counts))
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("group", "q_len"), [(1, 1), (4, 1), (8, 1), (32, 1), (5, 3), (8, 16)])
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(1000)], ids=str)
+def test_long_rows_err_at_most_twice_as_much_as_plain_pytorch(
+    kind: str, dtype: torch.dtype, group: int, q_len: int, mask: Causal | SlidingWindow
+) -> None:
+    counts = [6001, 17, 8192]
+    cache = filled(kind, counts, dtype=dtype)
+    q = torch.randn(3, 2 * group, q_len, 128, device="cuda", dtype=dtype)
+    starts = [count - q_len for count in counts]
+    k, v = (part.nan_to_num() for part in cache.view())
+    exact, plain = (
+        decode_reference(q.to(to), k.to(to), v.to(to), counts, starts, mask=mask, scale=128**-0.5)
+        for to in (torch.float64, dtype)
+    )
+    assert_as_accurate("out", decode(q, cache, mask=mask, backend="triton"), plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
+def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(kind: str) -> None:
+    cache, q = filled(kind, [4000, 3000]), torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    expected = decode(q, cache, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = decode(q, cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, expected)
+
+
+class Growing:
+    """A cache whose lengths are known to the device alone, as a captured graph has them."""
+
+    def __init__(self, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+        self.k, self.v, self.lengths = k, v, lengths
+        self.length, self.uniform, self.first, self.kept = k.shape[2], False, 0, None
+
+    def stored(self) -> Stored:
+        return Stored((self.k,), (self.v,), self.k.dtype, Rows(0, self.lengths), self.length)
+
+
+def test_a_captured_graph_follows_the_lengths() -> None:
+    k, v = (torch.randn(2, 2, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lengths = torch.tensor([5, 2], device="cuda")
+    cache, q = Growing(k, v, lengths), torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    decode(q, cache)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(q, cache)
+    for counts in ([1, 0], [4096, 77], [300, 4095]):
+        lengths.copy_(torch.tensor(counts))
+        graph.replay()
+        starts = [count - 1 for count in counts]
+        exact, plain = (
+            decode_reference(q.to(to), k.to(to), v.to(to), counts, starts, mask=Full(), scale=128**-0.5)
+            for to in (torch.float64, torch.bfloat16)
+        )
+        assert_as_accurate(f"out {counts}", out, plain, exact)
+
+
+def test_addresses_past_two_to_the_31_are_right() -> None:
+    k = torch.zeros(3, 1, 2**23, 128, device="cuda", dtype=torch.bfloat16)  # the last row begins at 2**31 elements
+    k[2, 0, -300:].normal_()
+    lengths = torch.tensor([1, 1, 2**23], device="cuda")
+    cache, q = Growing(k, k, lengths), torch.randn(3, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
+    out = decode(q, cache, mask=SlidingWindow(300))
+    near = k[2:, :, -300:].double()
+    exact = decode_reference(q[2:].double(), near, near, [300], [299], mask=Full(), scale=128**-0.5)
+    assert (out[2:].double() - exact).abs().max() < 0.02 and not out[:2].any()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged int8"])
+def test_a_compiled_step_is_one_graph(kind: str) -> None:
+    cache, q = filled(kind, [700, 300]), torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    step = torch.compile(lambda q: decode(q, cache, mask=Causal()) * 2, fullgraph=True)
+    torch.testing.assert_close(step(q), decode(q, cache, mask=Causal()) * 2)
