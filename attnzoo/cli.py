@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from attnzoo import bench
 
         return bench.main(arguments[1:])
-    return _run(command, arguments[1:])
+    return _run(command, _spelled_out(arguments[1:]))
 
 
 def _usage() -> str:
@@ -59,6 +59,14 @@ def _usage() -> str:
         "attnzoo <command> --cfg job   shows its whole configuration\n"
         "attnzoo --version             shows the version"
     )
+
+
+def _spelled_out(overrides: list[str]) -> list[str]:
+    """`--compare a,b` as Hydra wants it: `compare=[a,b]`."""
+    if "--compare" not in overrides[:-1]:
+        return overrides
+    place = overrides.index("--compare")
+    return [*overrides[:place], f"compare=[{overrides[place + 1]}]", *overrides[place + 2 :]]
 
 
 def _run(command: str, overrides: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,43 @@ from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
 
 import attnzoo
+from attnzoo.conversion.damage import Damage
 from attnzoo.specs import Spec, spec_from_dict
 from recipes.models import model_path
+from recipes.samples import resolve_sample
 
 log = logging.getLogger(__name__)
 
 # What a conversion reads or carries over; nothing that would have to be unpickled.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+NEEDS_NO_TEXT = ("mean", "first", "random")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="convert")
 def main(config: DictConfig) -> None:
+    from recipes.damage import print_damages, write_damages
+
     OmegaConf.resolve(config)
-    spec = read_spec(config.attention)
-    folder = convert_folder(
-        local_folder(config.model), spec, Path(config.out).expanduser(), config.convert, overwrite=config.overwrite
-    )
-    log.info("converted to %s: %s", spec, folder)
+    spec, out, source = read_spec(config.attention), Path(config.out).expanduser(), local_folder(config.model)
+    damages: list[Damage] = []
+    if config.compare and config.held_out is None:
+        raise ValueError("held_out is null; to compare methods it has to name text on which all of them are judged")
+    for method in config.compare or [None]:
+        chosen = config.convert if method is None else {**config.convert, "method": method}
+        folder = convert_folder(
+            source,
+            spec,
+            out if method is None else out / method,
+            chosen,
+            overwrite=config.overwrite,
+            held_out=config.held_out,
+            damages=damages,
+        )
+        log.info("converted to %s: %s", spec, folder)
+    if damages:
+        write_damages(out, damages)
+        print_damages(damages)
+        log.info("written to %s", out / "damage.json")
 
 
 def read_spec(config: DictConfig) -> Spec:
@@ -45,10 +65,46 @@ def local_folder(model: Mapping[str, Any]) -> Path:
     return Path(snapshot_download(path, allow_patterns=HUB_FILES))
 
 
-def convert_folder(source: Path, spec: Spec, out: Path, convert: Mapping[str, Any], *, overwrite: bool = False) -> Path:
-    """Converts the checkpoint in `source` into the folder `out`, by the method and seed of a conf/convert group."""
-    method, seed = convert["method"], convert["seed"]
-    return attnzoo.convert(source, spec, method=method, seed=seed, out=out, overwrite=overwrite)
+def convert_folder(
+    source: Path,
+    spec: Spec,
+    out: Path,
+    convert: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    held_out: str | Sequence[str] | None = None,
+    damages: list[Damage] | None = None,
+) -> Path:
+    """Converts the checkpoint in `source` into the folder `out`, as a conf/convert group says.
+
+    What text was converted by, or is given as `held_out`, tells the damage, which is put behind `damages`.
+    """
+    options = {key: convert[key] for key in ("method", "seed", "samples", "sample_length", "grouping", "steps")}
+    calibration = None if convert["method"] in NEEDS_NO_TEXT else read_texts(convert["calibration"])
+    report = None if damages is None else damages.append
+    return attnzoo.convert(
+        source,
+        spec,
+        out=out,
+        calibration=calibration,
+        held_out=read_texts(held_out),
+        overwrite=overwrite,
+        report=report,
+        **options,
+    )
+
+
+def read_texts(paths: str | Sequence[str] | None) -> list[str] | None:
+    """The texts under one path or several; `sample:NAME` is the folder of that sample.
+
+    Raises ValueError for a path without any.
+    """
+    from attnzoo.hf.calibration_text import read_files
+
+    if paths is None:
+        return None
+    several = [paths] if isinstance(paths, str) else list(paths)
+    return [text for path in several for text in read_files(Path(resolve_sample(path)).expanduser(), "calibration")]
 
 
 def changes_attention(source: Path, spec: Spec) -> bool:

@@ -34,7 +34,7 @@ def token_rows(text: Text, folder: Path | None, samples: int, length: int, *, na
         if text.ndim != 2 or text.dtype not in (torch.int64, torch.int32) or not text.numel():
             raise ConversionError(f"{name} must be token ids [rows, S], got {text.dtype} {list(text.shape)}")
         return text.long().cpu()
-    texts = _read(Path(text).expanduser(), name) if isinstance(text, str | Path) else list(text)
+    texts = read_files(Path(text).expanduser(), name) if isinstance(text, str | Path) else list(text)
     if not texts or not all(isinstance(one, str) for one in texts):
         raise ConversionError(f"{name} must be token ids, a path or texts, got {type(text).__name__}")
     if folder is None:
@@ -62,8 +62,9 @@ def _pieces(texts: list[str], tokenizer: Any, samples: int, length: int) -> list
     return rows if len(rows) <= samples else [rows[len(rows) * n // samples] for n in range(samples)]
 
 
-def _read(path: Path, name: str) -> list[str]:
+def read_files(path: Path, name: str) -> list[str]:
+    """The texts of a file, or of a folder, in the order of their names; raises ConversionError where there is none."""
     files = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ConversionError(f"{name} is {str(path)!r}, which is no text file and no folder with any ({SUFFIXES})")
+        raise ConversionError(f"{name} is {str(path)!r}, no text file and no folder with any of {sorted(SUFFIXES)}")
     return [file.read_text(encoding="utf-8", errors="replace") for file in files]
