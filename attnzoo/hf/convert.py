@@ -123,7 +123,19 @@ def convert(
             stock class holds the result, saying what could.
     """
     if wants_latent(spec):
-        return convert_latent(source, spec, method=method, calibration=calibration, out=out, overwrite=overwrite)
+        return convert_latent(
+            source,
+            spec,
+            method=method,
+            calibration=calibration,
+            out=out,
+            overwrite=overwrite,
+            held_out=held_out,
+            samples=samples,
+            sample_length=sample_length,
+            steps=steps,
+            report=report,
+        )
     if method == "auto":
         method = "mean" if calibration is None else "svd"
     check_calibrated(method, calibrated=calibration is not None)

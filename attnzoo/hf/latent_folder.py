@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attnzoo.conversion import ConversionError
-from attnzoo.conversion.calibration import Progress
 from attnzoo.conversion.checkpoint import _files, _read, _source
-from attnzoo.conversion.damage import LayerDamage
+from attnzoo.conversion.damage import Damage
 from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.latent import LatentWeights
 from attnzoo.conversion.latent.stock import check_held
 from attnzoo.conversion.shards import INDEX, read_json, read_shards
-from attnzoo.hf.latent_plan import LatentPlan, plan_latent, run_latent
+from attnzoo.hf.latent_plan import LatentPlan, best_device, plan_latent, run_latent
 from attnzoo.hf.latent_stock import Biases, deepseek_config, deepseek_tensors
 from attnzoo.hf.plan import one_a_layer
 from attnzoo.specs import MLA, Spec
@@ -34,22 +33,20 @@ def convert_latent_folder(
     spec: Spec | Sequence[Spec],
     out: str | Path,
     calibration: Tensor | None = None,
+    held_out: Tensor | None = None,
     *,
     overwrite: bool = False,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
     **fitting: Any,
-) -> tuple[Path, list[LayerDamage]]:
-    """A checkpoint folder as a stock deepseek_v3 folder, with one layer in memory at a time; the damage of each layer.
+) -> tuple[Path, Damage | None]:
+    """A checkpoint folder as a stock deepseek_v3 folder, with one layer in memory at a time; and the damage.
 
     Args:
         source: config.json and safetensors.
         spec: an MLA, or a list of equal ones.
         out: the folder to write; it appears whole or not at all.
         calibration: token ids `[rows, S]` without padding; None: by the weights alone.
+        held_out: token ids of other text, to measure the damage on.
         overwrite: replace `out` if it is a checkpoint.
-        device: where layers run.
-        progress: told after each layer.
         fitting: `refit` and `steps`, see `ToLatent`.
 
     Raises:
@@ -62,7 +59,7 @@ def convert_latent_folder(
     config = read_json(folder / "config.json")
     check_held(config, [one for one in one_a_layer(spec, config["num_hidden_layers"]) if isinstance(one, MLA)])
     files = _Files(folder)
-    plan = plan_latent(config, files, spec, calibration, torch.device(device))
+    plan = plan_latent(config, files, spec, calibration, best_device())
     check_held(config, plan.specs)
     carried = _files(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) + sum(
@@ -85,7 +82,7 @@ def convert_latent_folder(
                     shards.add({name: files[name]})
                     attention.add(name)
 
-        damages = run_latent(plan, calibration, keep, progress=progress, **fitting)
+        damage = run_latent(plan, calibration, held_out, keep, **fitting)
         for name in files:
             if name not in attention:
                 shards.add({name: files[name]})
@@ -102,7 +99,7 @@ def convert_latent_folder(
         for path in carried:
             (target / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, target / path)
-    return out, damages
+    return out, damage
 
 
 def _biases(plan: LatentPlan) -> Biases:

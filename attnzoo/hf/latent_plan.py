@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from attnzoo.conversion import ConversionError
-from attnzoo.conversion.calibration import Progress
-from attnzoo.conversion.damage import LayerDamage
+from attnzoo.conversion.damage import Damage
 from attnzoo.conversion.families import Config, Family, Geometry, Projections, family_for
 from attnzoo.conversion.latent.method import ToLatent
 from attnzoo.conversion.rotary import Rotary
 from attnzoo.hf.calibration import convert_layers
+from attnzoo.hf.calibration_measure import measure
+from attnzoo.hf.calibration_progress import progress_bar
 from attnzoo.hf.calibration_stage import Stage
 from attnzoo.hf.latent_survey import worthiest_frequencies
 from attnzoo.hf.latent_weights import filled, rope_of
@@ -58,6 +60,11 @@ class LatentPlan:
         """`[F]`, radians a token; empty without RoPE."""
         tables = [table for name, table in self.original.model.named_buffers() if name.endswith("inv_freq")]
         return tables[0] if tables else torch.zeros(0)
+
+
+def best_device() -> torch.device:
+    """Where the layers of a folder run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def plan_latent(
@@ -117,31 +124,55 @@ def _with_frequencies(plan: LatentPlan, specs: Sequence[Spec], calibration: Tens
 def run_latent(
     plan: LatentPlan,
     calibration: Tensor | None,
+    held_out: Tensor | None,
     keep: Callable[[int, Mapping[str, Tensor]], None],
-    progress: Progress | None = None,
     **fitting: Any,
-) -> list[LayerDamage]:
+) -> Damage | None:
+    """Convert all layers, hand each to `keep`, and say what it cost; None where there is no text to say it on.
+
+    Args:
+        plan: of the conversion.
+        calibration, held_out: token ids `[rows, S]`.
+        keep: called with a layer's number and new tensors by full names.
+        fitting: `refit` and `steps`, see `ToLatent`.
+    """
+    start = time.perf_counter()
     rope = rope_of(plan.original.model, (), None if calibration is None else calibration.shape[1])
     method = ToLatent(
         "latent", plan.split, plan.specs, rope, plan.frequencies, plan.scale, plan.family.attention_path, **fitting
     )
-    if calibration is None:
+    if calibration is None and held_out is None:
         for number in range(plan.geometry.num_layers):
             keep(number, method(number, plan.attention(number), None))
-            if progress is not None:
-                progress(number + 1, plan.geometry.num_layers)
-        return []
-    damages, _ = convert_layers(
-        plan.original,
-        plan.new,
-        method,
-        plan.attention,
-        calibration,
-        keep=keep,
-        storage=torch.float32,
-        progress=progress,
+        return None
+    with progress_bar(f"latent: {plan.family.model_type}") as progress:
+        layers, walk = convert_layers(
+            plan.original,
+            plan.new,
+            method,
+            plan.attention,
+            calibration,
+            held_out,
+            keep=keep,
+            storage=torch.float32,
+            progress=progress,
+        )
+    before, after, divergence, tokens = measure(plan.original, plan.new, walk)
+    g = plan.geometry
+    size = plan.attention(0)[next(iter(plan.attention(0)))].element_size()
+    cached = sum((spec.kv_lora_rank or 0) + (spec.qk_rope_head_dim or 0) for spec in plan.specs)
+    return Damage(
+        method=method.name,
+        layers=layers,
+        tokens=tokens,
+        held_out=held_out is not None,
+        cross_entropy_before=before,
+        cross_entropy=after,
+        kl=divergence,
+        kv_bytes_before=2 * size * g.num_layers * g.num_kv_heads * g.head_dim,
+        kv_bytes=size * cached,
+        seconds=time.perf_counter() - start,
     )
-    return damages
 
 
 def _with_gains(p: Projections, family: Family) -> Projections:

@@ -238,6 +238,7 @@ def test_what_the_stock_class_does_not_hold_is_refused_by_name(family, changes, 
     ("options", "message"),
     [
         ({"calibration": torch.zeros(2, 3)}, "calibration must be token ids"),
+        ({"calibration": ["text"]}, "calibration must be token ids"),
         ({"method": "mean"}, "method for an MLA"),
         ({"method": "refit"}, "needs calibration text"),
     ],
@@ -249,3 +250,15 @@ def test_bad_requests_are_refused_by_name(options, message):
         as_deepseek(build())
     with pytest.raises(Refusal, match="in 1 of 2"):
         as_deepseek(attnzoo.swap(copy.deepcopy(build()), [MLA(), GQA()]))
+
+
+def test_the_damage_is_measured_on_text_that_was_held_out(tokens, tmp_path):
+    told = []
+    model = build("qwen2", torch.bfloat16)
+    options = {"held_out": tokens, "report": told.append}
+    attnzoo.convert(model, FULL, calibration=tokens.flip(0), **options)
+    model.save_pretrained(tmp_path / "old")
+    attnzoo.convert(tmp_path / "old", PART, out=tmp_path / "new", **options)
+    exact, lossy = told
+    assert exact.held_out and exact.kl < 1e-3 < lossy.kl and exact.tokens == 3 * 19
+    assert exact.kv_bytes_before == 2 * 2 * 2 * 3 * 8 and lossy.kv_bytes == 2 * 2 * (18 + 4)
