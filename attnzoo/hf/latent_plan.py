@@ -55,12 +55,6 @@ class LatentPlan:
         p = self.family.split({name: t.to(self.original.device) for name, t in tensors.items()}, self.geometry)
         return _with_gains(p, self.family), self.family.rotary(self.config, number)
 
-    @property
-    def frequencies(self) -> Tensor:
-        """`[F]`, radians a token; empty without RoPE."""
-        tables = [table for name, table in self.original.model.named_buffers() if name.endswith("inv_freq")]
-        return tables[0] if tables else torch.zeros(0)
-
 
 def best_device() -> torch.device:
     """Where the layers of a folder run."""
@@ -112,7 +106,6 @@ def _with_frequencies(plan: LatentPlan, specs: Sequence[Spec], calibration: Tens
                     plan.attention,
                     calibration,
                     rope_of(plan.original.model, (), calibration.shape[1]),
-                    plan.frequencies,
                     plan.scale,
                     rope // 2,
                 )
@@ -138,9 +131,7 @@ def run_latent(
     """
     start = time.perf_counter()
     rope = rope_of(plan.original.model, (), None if calibration is None else calibration.shape[1])
-    method = ToLatent(
-        "latent", plan.split, plan.specs, rope, plan.frequencies, plan.scale, plan.family.attention_path, **fitting
-    )
+    method = ToLatent("latent", plan.split, plan.specs, rope, plan.scale, plan.family.attention_path, **fitting)
     if calibration is None and held_out is None:
         for number in range(plan.geometry.num_layers):
             keep(number, method(number, plan.attention(number), None))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.conversion.latent import RopePart, planes_of
-from attnzoo.conversion.latent.attended import AttendedMoments
-from attnzoo.conversion.latent.costs import value_costs, widened
+from attnzoo.conversion.latent.costs import Inputs, value_costs, widened
 from attnzoo.conversion.latent.method import Split, in_halves, without_norms
 from attnzoo.conversion.moments import Moments
+from attnzoo.hf.calibration_received import watching_attention
 from attnzoo.hf.calibration_stage import Stage
 
 _TOKENS = 8192  # that are enough to rank a few dozen planes
@@ -24,7 +24,6 @@ def worthiest_frequencies(
     attention: Callable[[int], Mapping[str, Tensor]],
     tokens: Tensor,
     rope: RopePart,
-    frequencies: Tensor,
     scale: Sequence[float],
     count: int,
 ) -> tuple[int, ...]:
@@ -32,7 +31,7 @@ def worthiest_frequencies(
 
     Args:
         stage: the original model.
-        split, frequencies, scale: as `ToLatent` has them.
+        split, scale: as `ToLatent` has them.
         attention: a layer's tensors.
         tokens: calibration text `[rows, S]`; its first rows are run.
         rope: what rotates; its planes do not matter.
@@ -44,16 +43,8 @@ def worthiest_frequencies(
     for number in range(len(stage.layers)):
         p, rotary = split(number, attention(number))
         p = in_halves(p, rotary)
-        streams, inputs = _through(stage, number, streams)
-        plain = Moments(p.q.shape[-1])
-        for x in inputs:
-            plain.add(x)
-        wide = without_norms(p, plain.second().to(p.q.device))
-        seen = AttendedMoments(wide, frequencies, scale[number])
-        for x in inputs:
-            seen.add(x)
-        found = seen.result().damped()
-        found = type(found)(found.asking.to(p.q.device), found.attended.to(p.q.device))
+        streams, inputs = _through(stage, number, streams, p.q.device)
+        wide, found = without_norms(p, inputs.asking.to(p.q.device)), inputs.damped()
         values = widened(wide.v, wide.v_bias)
         size = (
             value_costs(wide) * (values @ found.attended @ values.mT)
@@ -66,15 +57,21 @@ def worthiest_frequencies(
     return tuple(sorted(best.tolist()))
 
 
-def _through(stage: Stage, number: int, streams: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The streams behind a layer, and what its attention got."""
+def _through(stage: Stage, number: int, streams: list[Tensor], device: torch.device) -> tuple[list[Tensor], Inputs]:
+    """The streams behind a layer, and the moments of what its attention got."""
     inputs: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         inputs.append(args[0] if args else kwargs["hidden_states"])
 
+    asking, attended = (Moments(streams[0].shape[-1]) for _ in range(2))
+    behind = []
     with stage.layer(number) as layer:
         hook = stage.attention_of(layer).register_forward_pre_hook(see, with_kwargs=True)
-        streams = [stage.run(layer, number, stream) for stream in streams]
+        for stream in streams:
+            with watching_attention() as received:
+                behind.append(stage.run(layer, number, stream))
+            asking.add(inputs[-1])
+            attended.add(inputs.pop(), received.weights)
         hook.remove()
-    return streams, inputs
+    return behind, Inputs(asking.second().to(device), attended.second().to(device))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attnzoo.conversion.calibration import LayerData, LayerMethod
 from attnzoo.conversion.families import Projections
-from attnzoo.conversion.latent.attended import AttendedMoments
 from attnzoo.conversion.latent.costs import Inputs, widened
 from attnzoo.conversion.latent.factor import RopePart, latent_weights
 from attnzoo.conversion.latent.fit import refit_outputs, regress
@@ -29,7 +28,6 @@ class ToLatent(LayerMethod):
         split: a layer's number and tensors -> its projections and what RoPE turns in them.
         specs: one a layer, with all sizes.
         rope: what rotates; the planes of each layer are its spec's.
-        frequencies: `[F]`, radians a token.
         scale: of the scores, layer by layer.
         path: of a layer's attention in the new model, by number.
         refit: whether the output projection is fitted to the text behind the rest.
@@ -44,7 +42,6 @@ class ToLatent(LayerMethod):
         split: Split,
         specs: list[MLA],
         rope: RopePart,
-        frequencies: Tensor,
         scale: list[float],
         path: Callable[[int], str],
         *,
@@ -52,8 +49,10 @@ class ToLatent(LayerMethod):
         steps: int = 0,
     ) -> None:
         self.name, self._split, self._specs, self._rope = name, split, specs, rope
-        self._frequencies, self._scale, self._path = frequencies, scale, path
+        self._scale, self._path = scale, path
         self._refit, self._steps = refit, steps
+        if not refit and not steps:
+            self.target = None  # type: ignore[assignment]  # so that no outputs are gathered
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -66,13 +65,8 @@ class ToLatent(LayerMethod):
         p = in_halves(p, rotary)
         inputs = Inputs.unknown(p.q.shape[-1], p.q.device)
         if data is not None:
-            # Norms are folded in by the sizes that heads have here, which the text has to say first.
-            wide = without_norms(p, data.moments.second().to(p.q.device))
-            seen = AttendedMoments(wide, self._frequencies, scale)
-            for batch in range(data.batches):
-                seen.add(data.inputs(batch))
-            found = seen.result()
-            inputs = Inputs(found.asking.to(p.q.device), found.attended.to(p.q.device))
+            found = data.moments.second(), data.attended.second()
+            inputs = Inputs(*(moment.to(p.q.device) for moment in found))
         p_wide = without_norms(p, inputs.asking)
         rope = replace(self._rope, planes=tuple(spec.rope_frequencies))
         w = latent_weights(

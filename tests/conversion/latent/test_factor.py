@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnzoo.conversion.latent import Inputs, RopePart, distance_blind, latent_weights, planes_of
-from attnzoo.conversion.latent.attended import AttendedMoments
+from attnzoo.conversion.moments import Moments
 from tests.conversion.latent.naive import grouped, latent, projections
 
 DIM, TOKENS, SCALE = 24, 11, 0.3
@@ -24,9 +24,12 @@ def text(seed=1, rows=1, tokens=TOKENS):
 
 
 def seen(p, freq, x):
-    moments = AttendedMoments(p, freq, SCALE)
-    moments.add(x)
-    return moments.result()
+    """Moments of inputs `[rows, S, DIM]`, by token and by the attention that each receives."""
+    asking, attended = Moments(DIM), Moments(DIM)
+    for row in x:
+        asking.add(row)
+        attended.add(row, grouped(p, row, freq, SCALE)[1].sum((0, 1)))
+    return Inputs(asking.second(), attended.second())
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -107,17 +110,3 @@ def test_what_stands_for_a_dropped_rotation_is_near_one_for_slow_frequencies_and
     distances = torch.arange(512).double()
     want = (torch.exp(-3j * distances) / (1 + distances)).sum() / (1 / (1 + distances)).sum()
     torch.testing.assert_close(blind[1], want)
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_moments_count_tokens_by_the_attention_that_they_receive(biases, monkeypatch):
-    monkeypatch.setattr("attnzoo.conversion.latent.attended._SCORES", 2 * TOKENS**2)  # two heads at once
-    p, freq, x = projections(6, 3, 8, DIM, biases=biases), frequencies(3), text(rows=3)
-    found = seen(p, freq, x)
-    wide = torch.cat([x, torch.ones(3, TOKENS, 1)], dim=-1).double()
-    weights = torch.stack([grouped(p, row, freq, SCALE)[1].sum((0, 1)) for row in x])
-    want = torch.einsum("bs,bsx,bsy->xy", weights, wide, wide) / weights.sum()
-    torch.testing.assert_close(found.attended, want, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(
-        found.asking, torch.einsum("bsx,bsy->xy", wide, wide) / (3 * TOKENS), atol=1e-6, rtol=1e-6
-    )
