@@ -9,11 +9,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from attnzoo.ops.linear import chunked, recurrent, reference
+from attnzoo.ops.launching import interpreted
+from attnzoo.ops.linear import chunked, recurrent, reference, triton
 from attnzoo.ops.linear.checks import check_boundaries, check_decay, check_dtypes, check_map, check_state, check_tensors
 from attnzoo.ops.linear.common import Call, State
 
-_BACKENDS: dict[str, ModuleType] = {"recurrent": recurrent, "chunked": chunked, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "triton": triton,
+    "recurrent": recurrent,
+    "chunked": chunked,
+    "reference": reference,
+}
 
 
 @overload
@@ -80,8 +86,8 @@ def linear_attention(  # type: ignore[misc]
         initial_state: what earlier keys left: `(s, z)`, `s [N, Hk, D, Dv]` and `z [N, Hk, D]` (None without the
             normaliser) in fp32 (fp64), where N is B or the number of documents. None: zeros.
         return_state: also return the state after each sequence's last real token.
-        backend: "auto", "chunked" (plain PyTorch, linear memory), "recurrent" (token by token, without gradients) or
-            "reference" (S x S).
+        backend: "auto", "triton" (kernels; heads up to 256), "chunked" (plain PyTorch, linear memory), "recurrent"
+            (token by token, without gradients) or "reference" (S x S).
 
     Returns:
         `[B, Hq, Sq, Dv]` in the values' dtype; with `return_state` also a `State(s, z)`.
@@ -105,6 +111,7 @@ def linear_step(
     log_decay: Tensor | None = None,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal `linear_attention` of a few new tokens, whose state is updated in place. It has no gradient.
 
@@ -112,6 +119,7 @@ def linear_step(
         q, k, v, feature_map, log_decay, scale: as of `linear_attention`.
         state: `(s, z)`, as `initial_state` there; it is normalised where z is not None.
         lengths: `[B]`, how many of each row's tokens are real; the others change nothing and give 0.
+        backend: "auto", "triton" (one kernel, 16 tokens at most) or "recurrent" (plain PyTorch).
 
     Returns:
         `[B, Hq, S, Dv]` in the values' dtype.
@@ -121,11 +129,14 @@ def linear_step(
     """
     normalize = state[1] is not None
     call = _call(q, k, v, feature_map, normalize, True, log_decay, scale, lengths, None, state)
-    why = recurrent.reasons(call)
+    if backend not in ("auto", "triton", "recurrent"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'recurrent', got {backend!r}")
+    assert call.initial is not None
+    fused = backend == "triton" or (backend == "auto" and _on_gpu(call) and not triton.step_reasons(call))
+    why = triton.step_reasons(call) if fused else recurrent.reasons(call)
     if why:
         raise ValueError(f"linear_step cannot run this call: {'; '.join(why)}")
-    assert call.initial is not None
-    return recurrent.step(call, call.initial)
+    return (triton.step if fused else recurrent.step)(call, call.initial)
 
 
 def explain_linear(
@@ -158,6 +169,8 @@ def explain_linear(
 
 def _choose(call: Call, backend: str) -> ModuleType:
     if backend == "auto":
+        if _on_gpu(call) and not triton.reasons(call):
+            return triton
         one_token = call.q.shape[2] == 1 and not recurrent.reasons(call)
         return recurrent if one_token else chunked
     if backend not in _BACKENDS:
@@ -166,6 +179,11 @@ def _choose(call: Call, backend: str) -> ModuleType:
     if why:
         raise ValueError(f"no backend can run this call\n{backend}: {'; '.join(why)}")
     return _BACKENDS[backend]
+
+
+def _on_gpu(call: Call) -> bool:
+    """Whether kernels are the fast way: the interpreter never is."""
+    return call.q.device.type == "cuda" and not interpreted()
 
 
 def _call(

@@ -1,0 +1,179 @@
+"""The backward's launches: sums of parts where a sequence has several, then the gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.linear.triton.forward import join
+from attnzoo.ops.linear.triton.launch import (
+    blocks,
+    constants,
+    empty_like_heads,
+    on_device_of,
+    rows_contiguous,
+    strides,
+)
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Given(NamedTuple):
+    """What the backward is given; what there is not is None or empty."""
+
+    d_out: Tensor
+    d_s1: Tensor | None
+    d_z1: Tensor | None
+    out: Tensor
+    total: Tensor
+    s1: Tensor
+    z1: Tensor
+    sums: Tensor
+    z_sums: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s0: Tensor | None
+    z0: Tensor | None
+    log_decay: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def tidy(self) -> Given:
+        """With strides that the kernels take."""
+        q, k, v, d_out = (rows_contiguous(t) for t in (self.q, self.k, self.v, self.d_out))
+        states = (self.s0, self.z0, self.d_s1, self.d_z1)
+        s0, z0, d_s1, d_z1 = (None if t is None else t.contiguous() for t in states)
+        return self._replace(q=q, k=k, v=v, d_out=d_out, s0=s0, z0=z0, d_s1=d_s1, d_z1=d_z1)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, scale: float) -> Gradients:
+    """Gradients of q, k, v and the initial state."""
+    from attnzoo.ops.linear.triton import kernels_backward as kernels
+
+    x = given.tidy()
+    (batch, heads, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
+    config = configure(dim, v_dim, x.q.dtype, x.v.dtype)
+    parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens)
+    k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
+    packed = x.cu_seqlens is not None  # then there may be rows that no program writes
+    d_q, d_k, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (x.q, x.k, x.v))
+    dots = x.total.new_empty(x.total.shape)
+    d_s0, d_z0 = (t.new_empty(0 if x.s0 is None and causal else t.shape) for t in (x.s1, x.z1))
+    before: tuple[Tensor | None, ...] = (x.s0, x.z0, None, None)
+    after: tuple[Tensor | None, ...] = (x.d_s1, x.d_z1, None, None)
+    q_lengths = x.lengths if causal else None  # without causality queries have no padding: the lengths are the keys'
+    with on_device_of(x.q):
+        if not causal or parts.several:
+            late = sum_gradients(x._replace(lengths=q_lengths), dots, feature_map, normalize, scale, parts, config)
+            before, after = (x.s0, x.z0, x.sums, x.z_sums), (x.d_s1, x.d_z1, *late)
+        if not causal:
+            join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
+            before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
+        tail = (x.cu_seqlens, parts.table)
+        kernels.grad_queries[(parts.programs, heads, blocks(dim, config.queries))](
+            x.q,
+            x.k,
+            x.v,
+            x.d_out,
+            None if parts.several or not causal else x.out,
+            x.total,
+            dots,
+            d_q,
+            *before,
+            x.log_decay,
+            q_lengths,
+            *tail,
+            *strides(x.q, x.k, x.v, x.d_out, x.out, d_q),
+            length,
+            parts.parts,
+            parts.part,
+            scale,
+            **constants(config, config.queries, normalize, feature_map, by_features=True, CAUSAL=causal, GROUP=x.group),
+        )
+        group = x.group if causal else 1
+        sizes = (k_len, k_parts.parts, k_parts.part, scale)
+        where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
+        kernels.grad_keys[(k_parts.programs, kv_heads, blocks(dim, config.keys))](
+            x.q,
+            x.k,
+            x.v,
+            x.d_out,
+            x.total,
+            dots,
+            d_k,
+            *after,
+            d_s0 if causal and x.s0 is not None else None,
+            d_z0,
+            *where,
+            *strides(x.q, x.k, x.v, x.d_out, d_k),
+            *sizes,
+            **constants(config, config.keys, normalize, feature_map, by_features=True, CAUSAL=causal, GROUP=group),
+        )
+        kernels.grad_values[(k_parts.programs, kv_heads, blocks(v_dim, config.values))](
+            x.q,
+            x.k,
+            x.d_out,
+            x.total,
+            d_v,
+            after[0],
+            after[2],
+            *where,
+            *strides(x.q, x.k, x.d_out, d_v),
+            *sizes,
+            **constants(config, config.values, normalize, feature_map, CAUSAL=causal, GROUP=group),
+        )
+    if x.s0 is None:
+        d_s0, d_z0 = d_s0.new_empty(0), d_s0.new_empty(0)
+    return d_q, d_k, d_v, d_s0, d_z0
+
+
+def sum_gradients(
+    x: Given,
+    dots: Tensor,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    parts: Parts,
+    config: Config,
+    *,
+    lag: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What each part's queries add to the gradient of the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`.
+
+    With the normaliser `dots [B, Hq, Sq]` are written: upstream gradient times output.
+    """
+    from attnzoo.ops.linear.triton import kernels_backward as kernels
+
+    kv_heads, tiles = x.k.shape[1], config.sum_gradients
+    sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=x.q.device)
+    z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
+    kernels.sum_gradient_parts[(parts.programs, kv_heads, blocks(config.dim, tiles))](
+        x.q,
+        x.d_out,
+        x.out,
+        x.total,
+        dots,
+        sums,
+        z_sums,
+        x.log_decay,
+        x.lengths,
+        x.cu_seqlens,
+        parts.table,
+        *strides(x.q, x.d_out, x.out),
+        x.q.shape[2],
+        parts.parts,
+        parts.part,
+        lag,
+        scale,
+        **constants(config, tiles, normalize, feature_map, by_features=True, GROUP=x.group),
+    )
+    return sums, z_sums

@@ -1,0 +1,73 @@
+"""What must compile for every GPU: each kernel with and without its options, in the sizes that models have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnzoo.ops.launching import Build, Builds
+from attnzoo.ops.linear.triton.launch import constants, state_constants
+from attnzoo.ops.linear.triton.shapes import configure
+
+_STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "total", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
+_INTEGERS = ("lengths", "cu_seqlens", "table", "firsts")
+_INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_PACKED = ("lengths",)
+_ROWS = ("lengths", "cu_seqlens", "table", "log_decay", "s0", "z0", "d_s1", "d_z1", "d_s0", "d_z0")
+
+
+def builds() -> Builds:
+    """Each kernel in bf16, alone and with everything; what differs for fp16, fp32 and the largest heads."""
+    bf16 = torch.bfloat16
+    yield from _walks(64, bf16, "elu", True, absent=_ROWS)
+    yield from _walks(128, bf16, "identity", False, absent=(*_ROWS, "z_sums"))
+    for dim, dtype in ((256, bf16), (128, torch.float16), (96, torch.float32)):
+        yield from list(_walks(dim, dtype, "elu", True, absent=_PACKED))[1::2]
+    config = configure(128, 128, bf16, bf16)
+    from attnzoo.ops.linear.triton.kernels_forward import join_parts
+    from attnzoo.ops.linear.triton.kernels_step import step_state
+
+    yield _build(join_parts, state_constants(config, config.sums, True), bf16, ("firsts", "s0", "z0"))
+    options = state_constants(config, config.sums, True) | {"GROUP": 1, "MAP": "elu", "BV": 128, "num_warps": 8}
+    yield _build(step_state, options, bf16, ("lengths", "log_decay"))
+
+
+def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, absent: tuple[str, ...]) -> Builds:
+    """The kernels that walk over chunks."""
+    from attnzoo.ops.linear.triton import kernels_backward as backward
+    from attnzoo.ops.linear.triton import kernels_forward as forward
+
+    config = configure(dim, dim, dtype, dtype)
+    for kernel, tiles, by_features in (
+        (forward.sum_parts, config.sums, False),
+        (forward.attend, config.attend, False),
+        (backward.sum_gradient_parts, config.sum_gradients, True),
+        (backward.grad_queries, config.queries, True),
+        (backward.grad_values, config.values, False),
+        (backward.grad_keys, config.keys, True),
+    ):
+        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True}
+        options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
+        yield _build(kernel, options, dtype, absent)
+
+
+def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tuple[str, ...]) -> Build:
+    """A build with the constants of `options` that the kernel has, and None for the arguments that are absent."""
+    signature, fixed = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name in absent:
+            signature[name], fixed[name] = "constexpr", options.get(name)
+        elif name in _INPUTS:
+            signature[name] = _TYPES[dtype]
+        elif name in _STATES or name == "log_decay":
+            signature[name] = "*fp32"
+        elif name in _INTEGERS:
+            signature[name] = "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    label = f"{kernel.__name__} {options['D']} {str(dtype).removeprefix('torch.')}"
+    label += "" if options["NORMALIZE"] else " raw"
+    return Build(label, kernel, signature, fixed, options["num_warps"], options["num_stages"])

@@ -1,0 +1,158 @@
+"""The forward's launches: sums of parts where a sequence has several, then outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.linear.triton.launch import (
+    blocks,
+    constants,
+    empty_like_heads,
+    on_device_of,
+    rows_contiguous,
+    state_constants,
+    strides,
+)
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    log_decay: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+    causal: bool,
+    scale: float,
+) -> Outputs:
+    """What the operator returns."""
+    from attnzoo.ops.linear.triton import kernels_forward as kernels
+
+    q, k, v = (rows_contiguous(t) for t in (q, k, v))
+    s0, z0 = (None if t is None else t.contiguous() for t in (s0, z0))
+    (batch, heads, length, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
+    config = configure(dim, v_dim, q.dtype, v.dtype)
+    parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens)
+    out, total, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
+    none = torch.empty(0, dtype=torch.float32, device=q.device)
+    sums, z_sums = none, none.clone()
+    with on_device_of(q):
+        before: tuple[Tensor | None, ...] = (s0, z0, None, None)
+        if not causal:
+            k_parts = cut(batch, kv_heads, k.shape[2], config, q.device, cu_seqlens)
+            found = sum_keys(k, v, None, lengths, cu_seqlens, feature_map, normalize, k_parts, config, skip_last=False)
+            join(s0, z0, *found, s1, z1, k_parts, normalize, config)
+            before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
+        elif parts.several:
+            sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
+            before = (s0, z0, sums, z_sums)
+        kernels.attend[(parts.programs, heads, blocks(v_dim, config.attend))](
+            q,
+            k,
+            v,
+            out,
+            total,
+            *before,
+            s1,
+            z1,
+            log_decay,
+            lengths,
+            cu_seqlens,
+            parts.table,
+            *strides(q, k, v, out),
+            length,
+            parts.parts,
+            parts.part,
+            scale,
+            **constants(config, config.attend, normalize, feature_map, CAUSAL=causal, GROUP=heads // kv_heads),
+        )
+    return out, total, s1, z1, sums, z_sums
+
+
+def outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for output, normaliser and state. Only packed sequences leave rows that no program writes."""
+    batch, kv_heads, _, dim = k.shape
+    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = empty_like_heads(q, v.shape[3], v.dtype, zero=cu_seqlens is not None)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    total = torch.empty(q.shape[:3] if normalize else 0, **wide)
+    s1 = torch.empty(states, kv_heads, dim, v.shape[3], **wide)
+    return out, total, s1, torch.empty((states, kv_heads, dim) if normalize else 0, **wide)
+
+
+def sum_keys(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+    parts: Parts,
+    config: Config,
+    *,
+    lag: int = 0,
+    skip_last: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for last parts if skipped."""
+    from attnzoo.ops.linear.triton import kernels_forward as kernels
+
+    kv_heads, tiles = k.shape[1], config.sums
+    sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=k.device)
+    z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
+    kernels.sum_parts[(parts.programs, kv_heads, blocks(config.v_dim, tiles))](
+        k,
+        v,
+        sums,
+        z_sums,
+        log_decay,
+        lengths,
+        cu_seqlens,
+        parts.table,
+        *strides(k, v),
+        k.shape[2],
+        parts.parts,
+        parts.part,
+        lag,
+        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last),
+    )
+    return sums, z_sums
+
+
+def join(
+    s0: Tensor | None,
+    z0: Tensor | None,
+    sums: Tensor,
+    z_sums: Tensor,
+    s1: Tensor,
+    z1: Tensor,
+    parts: Parts,
+    normalize: bool,
+    config: Config,
+) -> None:
+    """Write s1 and z1: each sequence's state before, and the sums of its parts."""
+    from attnzoo.ops.linear.triton import kernels_forward as kernels
+
+    kernels.join_parts[(*s1.shape[:2], blocks(config.v_dim, config.sums))](
+        s0,
+        z0,
+        sums,
+        z_sums,
+        s1,
+        z1,
+        parts.firsts,
+        parts.parts,
+        **state_constants(config, config.sums, normalize),
+    )

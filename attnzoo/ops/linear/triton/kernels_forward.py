@@ -1,0 +1,281 @@
+"""Linear attention forward: sums of each part of a sequence, then a walk over each part's chunks.
+
+A program holds a block of the values' columns and all features, and its state transposed [BV, BD]: so what has a
+feature map is a matrix product's second operand, which is mapped once, wherever it can be.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102 (what is known when a kernel is compiled must be asked alone)
+
+import triton
+import triton.language as tl
+
+from attnzoo.ops.linear.triton.tiles import (
+    decay_since,
+    decay_until,
+    head_base,
+    inverse_or_zero,
+    load_features,
+    load_state,
+    load_tile,
+    locate,
+    mask_weights,
+    part_fade,
+    real_tokens,
+    row_mask,
+    store_state,
+    store_tile,
+)
+
+
+@triton.jit
+def sum_parts(
+    k,
+    v,
+    sums,
+    z_sums,
+    log_decay,
+    lengths,
+    cu_seqlens,
+    table,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    length,
+    parts,
+    part,
+    lag,
+    SKIP_LAST: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the keys of each part, `lag` tokens late, add to the state."""
+    head, v0 = tl.program_id(1), tl.program_id(2) * BV
+    _n, row, begin, end, _stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
+    if place < 0:
+        return
+    if SKIP_LAST:
+        if place == count - 1:
+            return
+    k = head_base(k, row, head, k_b, k_h)
+    v = head_base(v, row, head, v_b, v_h) + v0
+    rate = None
+    if log_decay is not None:
+        rate = tl.load(log_decay + head).to(tl.float32)
+    s = tl.zeros([BV, BD], tl.float32)
+    z = tl.zeros([BD], tl.float32)
+    start = begin + place * part
+    for first in range(start, tl.minimum(start + part, end + lag), CHUNK):
+        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, MAP)
+        values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
+        if log_decay is not None:
+            real = real_tokens(first, end, CHUNK)
+            fade = tl.exp(rate * real.to(tl.float32))
+            keys = keys * decay_until(rate, real, CHUNK)[:, None]
+            s, z = s * fade, z * fade
+        s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
+        if NORMALIZE:
+            z += sum_rows(keys, first - lag, begin, end, MAP, CHUNK)
+    index = tl.program_id(0) * tl.num_programs(1) + head
+    store_state(sums, z_sums, index, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
+
+
+@triton.jit
+def sum_rows(x, first, low, high, MAP: tl.constexpr, CHUNK: tl.constexpr):
+    """The sum of the features in the rows [low, high) of a chunk."""
+    if MAP == "elu":  # map(0) is 1
+        if (first < low) | (first + CHUNK > high):
+            x = tl.where(row_mask(first, low, high, CHUNK)[:, None], x, 0.0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def state_before(
+    s0,
+    z0,
+    sums,
+    z_sums,
+    n,
+    place,
+    head,
+    kv_heads,
+    begin,
+    end,
+    part,
+    rate,
+    v0,
+    d0,
+    NORMALIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    RV: tl.constexpr,
+    RD: tl.constexpr,
+):
+    """The state before this program's part: the initial one, and the sums of the parts before, in their order."""
+    s = tl.zeros([RV, RD], tl.float32)
+    z = tl.zeros([RD], tl.float32)
+    if s0 is not None:
+        s, z = load_state(s0, z0, n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
+    if sums is not None:
+        for earlier in range(0, place):
+            if rate is not None:
+                fade = part_fade(rate, begin, end, earlier, part)
+                s, z = s * fade, z * fade
+            index = (tl.program_id(0) - place + earlier) * kv_heads + head
+            more, z_more = load_state(sums, z_sums, index, v0, d0, NORMALIZE, D, DV, RV, RD)
+            s += more
+            z += z_more
+    return s, z
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    out,
+    total,
+    s0,
+    z0,
+    sums,
+    z_sums,
+    s1,
+    z1,
+    log_decay,
+    lengths,
+    cu_seqlens,
+    table,
+    q_b,
+    q_h,
+    q_s,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    o_b,
+    o_h,
+    o_s,
+    length,
+    parts,
+    part,
+    scale,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out [B, Hq, S, DV], total [B, Hq, S] (the normaliser), and the last state s1, z1.
+
+    Without causality all queries read the state s0, and there are no keys, values and last state.
+    """
+    q_head, v0 = tl.program_id(1), tl.program_id(2) * BV
+    head = q_head // GROUP
+    kv_heads = tl.num_programs(1) // GROUP
+    n, row, begin, end, stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
+    if place < 0:
+        return
+    q = head_base(q, row, q_head, q_b, q_h)
+    k = head_base(k, row, head, k_b, k_h)
+    v = head_base(v, row, head, v_b, v_h) + v0
+    out = head_base(out, row, q_head, o_b, o_h) + v0
+    total = total + (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
+    rate = None
+    if log_decay is not None:
+        rate = tl.load(log_decay + head).to(tl.float32)
+    s, z = state_before(
+        s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, v0, 0, NORMALIZE, D, DV, BV, BD
+    )
+    start = begin + place * part
+    for first in range(start, tl.minimum(start + part, stop), CHUNK):
+        mapped = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, MAP)
+        queries = mapped.to(COMPUTE)
+        read = tl.dot(queries, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
+        if NORMALIZE:
+            weight = tl.sum(mapped * z[None, :], 1)
+        if log_decay is not None:
+            since = decay_since(rate, CHUNK)
+            read = read * since[:, None]
+            if NORMALIZE:
+                weight = weight * since
+        if CAUSAL:
+            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, MAP)
+            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
+            weights = tl.dot(queries, tl.trans(keys.to(COMPUTE)), input_precision=PRECISION)
+            weights = mask_weights(weights, rate, False, CHUNK)
+            if NORMALIZE:
+                weight += tl.sum(weights, 1)
+            read = tl.dot(weights.to(COMPUTE), values, read, input_precision=PRECISION)
+            if log_decay is not None:
+                real = real_tokens(first, end, CHUNK)
+                fade = tl.exp(rate * real.to(tl.float32))
+                keys = keys * decay_until(rate, real, CHUNK)[:, None]
+                s, z = s * fade, z * fade
+            s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
+            if NORMALIZE:
+                z += sum_rows(keys, first, begin, end, MAP, CHUNK)
+        real_rows = row_mask(first, begin, end, CHUNK)
+        if NORMALIZE:
+            weight = tl.where(real_rows, weight, 0.0)
+            read = read * inverse_or_zero(weight)[:, None]
+            if v0 == 0:
+                tl.store(total + first + tl.arange(0, CHUNK), weight, mask=row_mask(first, begin, stop, CHUNK))
+        else:
+            read = read * tl.where(real_rows, scale, 0.0)[:, None]
+        store_tile(out, o_s, first, begin, stop, DV - v0, read, CHUNK, BV, DV % BV == 0)
+    if CAUSAL:
+        if (place == count - 1) & (q_head % GROUP == 0):
+            store_state(s1, z1, n * kv_heads + head, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
+
+
+@triton.jit
+def join_parts(
+    s0,
+    z0,
+    sums,
+    z_sums,
+    s1,
+    z1,
+    firsts,
+    parts,
+    NORMALIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """s1 [N, Hk, D, DV] and z1 [N, Hk, D]: the state before, and the sums of a sequence's parts in their order."""
+    n, head, v0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
+    kv_heads = tl.num_programs(1)
+    first = n * parts
+    last = first + parts
+    if firsts is not None:
+        first = tl.load(firsts + n).to(tl.int32)
+        last = tl.load(firsts + n + 1).to(tl.int32)
+    s = tl.zeros([BV, BD], tl.float32)
+    z = tl.zeros([BD], tl.float32)
+    if s0 is not None:
+        s, z = load_state(s0, z0, n * kv_heads + head, v0, 0, NORMALIZE, D, DV, BV, BD)
+    for p in range(first, last):
+        more, z_more = load_state(sums, z_sums, p * kv_heads + head, v0, 0, NORMALIZE, D, DV, BV, BD)
+        s += more
+        z += z_more
+    store_state(s1, z1, n * kv_heads + head, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
