@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import attnzoo
 from attnzoo.conversion.damage import Damage
-from attnzoo.specs import Spec, spec_from_dict
+from attnzoo.specs import MLA, Spec, spec_from_dict
 from recipes.models import model_path
 from recipes.samples import resolve_sample
 
@@ -111,6 +111,11 @@ def changes_attention(source: Path, spec: Spec) -> bool:
     """Whether the checkpoint in `source` has another attention than `spec` names."""
     from attnzoo.conversion.families import family_for
 
+    if isinstance(spec, MLA):
+        raise ValueError(
+            "attention=mla becomes a deepseek_v3 folder, whose scaled-down latents are for use and not for training; in "
+            "Python, train the model that attnzoo.convert(model, MLA(...)) gives, and write it with as_deepseek"
+        )
     if spec.num_kv_heads is None and spec.mask is None:
         return False
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
