@@ -113,8 +113,8 @@ def changes_attention(source: Path, spec: Spec) -> bool:
 
     if isinstance(spec, MLA):
         raise ValueError(
-            "attention=mla becomes a deepseek_v3 folder, whose scaled-down latents are for use and not for training; in "
-            "Python, train the model that attnzoo.convert(model, MLA(...)) gives, and write it with as_deepseek"
+            "attention=mla becomes a deepseek_v3 folder, whose scaled-down latents are for use and not for training. "
+            "In Python, train the model that attnzoo.convert(model, MLA(...)) gives, and write it with as_deepseek"
         )
     if spec.num_kv_heads is None and spec.mask is None:
         return False

@@ -68,6 +68,15 @@ def plan_latent(
     calibration: Tensor | None,
     device: torch.device,
 ) -> LatentPlan:
+    """The plan; raises ConversionError for what the config and the sizes can tell.
+
+    Args:
+        config: the original's config.json.
+        weights: its tensors by name, read when they are asked for.
+        spec: an MLA or a list of them; with calibration text, open frequencies become those that it asks for.
+        calibration: token ids `[rows, S]`, or None.
+        device: where layers run.
+    """
     family = family_for(str(config.get("model_type")))
     geometry = family.geometry(config)
     specs = one_a_layer(spec, geometry.num_layers)
