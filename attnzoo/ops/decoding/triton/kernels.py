@@ -99,27 +99,26 @@ def decode_kernel(
         V_OFFSET += head * size
 
     # Tiles that all queries see whole: no masks. Where a tile is one piece of memory, it has one base address.
-    LOOSE: tl.constexpr = RING or (PAGE > 0 and PAGE < BLOCK_N)
     o_n = tl.arange(0, BLOCK_N)
     slot = o_n
-    if PAGE > 0 and LOOSE:
-        block = tl.zeros([BLOCK_N], tl.int64)
-    elif PAGE > 0:
-        block = tl.load(TABLE + (low + before * BLOCK_N) // PAGE, mask=whole > 0, other=0).to(tl.int64)
+    if PAGE > 0:
+        o_page = 0  # from a tile's first position on
+        if PAGE < BLOCK_N:
+            o_page, slot = o_n, o_n % PAGE
+        block = tl.load(TABLE + tl.minimum(low + before * BLOCK_N + o_page, high - 1) // PAGE, mask=whole > 0, other=0)
+        block = block.to(tl.int64)
     for i_n in range(before, before + whole):
         n0 = low + i_n * BLOCK_N
-        if LOOSE:
-            n = n0 + o_n
-            if PAGE > 0:
-                block, slot = tl.load(TABLE + n // PAGE).to(tl.int64), n % PAGE
-            else:
-                slot = n % size
-            k_at, v_at, s_at = block * k_block, block * v_block, block * s_block
+        if RING:
+            slot = (n0 + o_n) % size
+            at = tl.zeros([], tl.int64)
+        elif PAGE > 0:
+            at = (n0 % PAGE if PAGE >= BLOCK_N else n0 * 0).to(tl.int64)
         else:
-            at = (n0 % PAGE if PAGE > 0 else n0).to(tl.int64)
-            k_at, v_at, s_at = block * k_block + at * k_token, block * v_block + at * v_token, block * s_block + at
-            if PAGE > 0:  # the next tile's page, so that no tile waits for it
-                block = tl.load(TABLE + tl.minimum(n0 + BLOCK_N, high - 1) // PAGE).to(tl.int64)
+            at = n0.to(tl.int64)
+        k_at, v_at, s_at = block * k_block + at * k_token, block * v_block + at * v_token, block * s_block + at
+        if PAGE > 0:  # the next tile's pages, so that no tile waits for them
+            block = tl.load(TABLE + tl.minimum(n0 + BLOCK_N + o_page, high - 1) // PAGE).to(tl.int64)
         b_k = load_vectors(K, k_at, slot, k_token, o_d, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         if QUANT > 0:
             k_scale, v_scale = tl.load(K_SCALE + s_at + slot), tl.load(V_SCALE + s_at + slot)

@@ -41,14 +41,14 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
         return Tiles(min(block_m, 32), 32, 4, 2, 2)
     if codes and min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1:
         if rows <= 8:  # many programs of one warp: nothing to wait for but memory
-            return Tiles(8, 32, 1, 4, 9, True)
+            return Tiles(8, 32, 1, 4, 4, True)
         return Tiles(16, 64, 2, 3, 4, True) if rows <= 16 else Tiles(32, 64, 4, 3, 3, True)
     if codes:
         return Tiles(min(block_m, 32), 64, 4, 3, 2)
     if width > 256:
         return Tiles(block_m, 64 if width < 512 else 32, 4, 3, 1)
     if 0 < page < 128:
-        return Tiles(block_m, 64, 4, 4 if page == 64 else 5, 2)
+        return Tiles(block_m, 64, 4, 4, 1)
     return Tiles(block_m, 128, 4, 3, 1)
 
 

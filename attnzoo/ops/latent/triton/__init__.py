@@ -13,6 +13,7 @@ from attnzoo.ops.launching import triton_reasons
 
 _MOST_QUERIES = 16
 _WIDEST = {"kv_lora_rank": 512, "qk_rope_head_dim": 128}
+_WIDEST_FP32 = 256  # longer sums, one after another, would lose digits to plain PyTorch's
 
 
 def reasons(call: Call) -> list[str]:
@@ -34,6 +35,8 @@ def reasons(call: Call) -> list[str]:
             out.append(f"takes a {name} of up to {widest}, not {vectors.shape[3]}")
         if vectors.stride(3) != 1:
             out.append("wants vectors without strides")
+    if q.dtype == torch.float32 and q.shape[3] > _WIDEST_FP32:
+        out.append(f"takes a kv_lora_rank of up to {_WIDEST_FP32} in fp32, not {q.shape[3]}")
     if torch.is_grad_enabled() and (q.requires_grad or call.q_rope.requires_grad):
         out.append("has no backward")
     return out
