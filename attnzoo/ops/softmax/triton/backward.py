@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.softmax.triton.tiles import (
-    UNSPECIALISED,
     LOG2E,
+    UNSPECIALISED,
+    copied,
     count_partial,
     document_of,
     kept,
@@ -18,9 +19,11 @@ from attnzoo.ops.softmax.triton.tiles import (
     load_tile,
     masked,
     nth_partial,
+    part_of_partial,
     query_range,
     score,
     sequence,
+    stages,
 )
 
 
@@ -101,7 +104,7 @@ def query_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
-    COPIED_ENDS: tl.constexpr,
+    ENDS: tl.constexpr,
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -112,7 +115,7 @@ def query_gradient_kernel(
     head = (program // tiles_each) % heads
     batch = program // tiles_each // heads
     PACKED: tl.constexpr = DOCUMENTS > 0
-    CHOSEN: tl.constexpr = PROGRAM is not None or dense is not None  # keys of one tile, one by one
+    CHOSEN: tl.constexpr = PROGRAM is not None or dense is not None or bias is not None
     number = 0
     if PACKED:
         number, before = document_of(tile, cu_q, documents, BLOCK_M, DOCUMENTS)
@@ -147,7 +150,7 @@ def query_gradient_kernel(
                 dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
             slope = 0.0
             if slopes is not None:
-                slope = tl.load(slopes + batch * stride_slopes + head)
+                slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
 
             t_row = first + tl.arange(0, BLOCK_M)
             exists = t_row < q_rows
@@ -166,14 +169,14 @@ def query_gradient_kernel(
                 row_delta -= tl.load(d_lse + rows, mask=sees_any, other=0.0)
             padded = (batch.to(tl.int64) * heads + head) * stride_rows + q_start + t_row * STEP
             written = exists
-            if COPIED_ENDS:  # the copy engine reads the padding of the last tile too
+            if ENDS == 1:  # the copy engine reads the padding of the last tile too
                 written = t_row < stride_rows
             tl.store(lse2 + padded, row_lse, mask=written)
             tl.store(delta + padded, row_delta, mask=written)
             acc0 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc1 = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
 
-            for MASKED in tl.static_range(2):
+            for WALK in tl.static_range(3 if ENDS == 2 else 2):
                 if walk_tiles is not None:
                     kind = 0
                     if walk_classes is not None:
@@ -182,9 +185,9 @@ def query_gradient_kernel(
                     begin = tl.load(walk_starts + at)
                     end = tl.load(walk_starts + at + 1)
                     middle = begin + tl.load(walk_partial + at)
-                    if key_lengths is not None:
-                        middle = end  # padding may lie in any tile
-                    if MASKED:
+                    if key_lengths is not None or bias is not None:
+                        middle = end  # what is hidden may lie in any tile
+                    if WALK > 0:
                         end = middle
                     else:
                         begin = middle
@@ -198,40 +201,43 @@ def query_gradient_kernel(
                     )
                     begin = 0
                     end = (full_hi - full_lo) // BLOCK_N
-                    if dense is not None or PROGRAM is not None:
+                    if CHOSEN:
                         full_lo = lo
                         full_hi = lo
                         end = 0
-                    if MASKED:
+                    if WALK > 0:
                         end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
+                        if ENDS == 2:
+                            begin, end = part_of_partial(end, lo, full_lo, full_hi, k_seen, BLOCK_N, WALK == 1)
                 listed = 0
                 if walk_tiles is not None:
                     listed = tl.load(walk_tiles + begin, mask=begin < end, other=0)
-                for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
+                for n in tl.range(begin, end, num_stages=stages(WALK, ENDS, PARTIAL_STAGES)):
                     if walk_tiles is not None:
                         start = listed * BLOCK_N
                         # A tile ahead, so that nothing waits for the list.
                         listed = tl.load(walk_tiles + n + 1, mask=n + 1 < end, other=0)
-                    elif MASKED:
+                    elif WALK > 0:
                         start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
                     else:
                         start = full_lo + n * BLOCK_N
                     u_row = start + tl.arange(0, BLOCK_N)
-                    there = u_row < k_seen if MASKED else None
-                    if MASKED and walk_tiles is None:
+                    there = None if copied(WALK, ENDS) else u_row < k_seen
+                    if not copied(WALK, ENDS) and walk_tiles is None:
                         there = u_row < hi
                         if LEFT:
                             there = there & (u_row > first + shift - window)
-                    if (MASKED and not COPIED_ENDS) or k_tiles is None:
+                    if not copied(WALK, ENDS) or k_tiles is None:
                         k0 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, 0, BLOCK_D, D)
                     else:
                         k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
-                    if (MASKED and not COPIED_ENDS) or v_tiles is None:
+                    if not copied(WALK, ENDS) or v_tiles is None:
                         vt = load_rows(v_base, start, stride_vs * STEP, there, BLOCK_N, 0, BLOCK_DV, DV)
                     else:
                         vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
                     k1 = k0
                     if BLOCK_E > 0:
+                        there = u_row < k_seen if WALK > 0 and copied(WALK, ENDS) else there
                         k1 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, BLOCK_D, BLOCK_E, D)
                     t = t_row[:, None]
                     u = u_row[None, :]
@@ -241,19 +247,19 @@ def query_gradient_kernel(
                     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
                     if BLOCK_E > 0:
                         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-                    if not CHOSEN or not MASKED:
+                    if not CHOSEN or copied(WALK, ENDS):
                         dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)  # runs while p is computed
                     s, bent = score(
                         s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
                         q_start + t * STEP, k_start + u * STEP, inside,
                         softcap is not None, slopes is not None, STEP, FAST,
                     )  # fmt: skip
-                    if MASKED:
+                    if WALK > 0:
                         s = masked(
                             s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
                             stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
-                        if CHOSEN:
+                        if CHOSEN and not copied(WALK, ENDS):
                             # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
                             seen = tl.max((s != float("-inf")).to(tl.int32), 0)[:, None] > 0
                             k0 = tl.where(seen, k0, 0.0)
@@ -265,9 +271,9 @@ def query_gradient_kernel(
                     if seed is not None:
                         keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                         dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
-                    ds = p * (dp - row_delta[:, None])
                     if softcap is not None:
-                        ds *= 1.0 - bent * bent
+                        p *= 1.0 - bent * bent
+                    ds = p * (dp - row_delta[:, None])
                     ds = ds.to(k0.dtype)
                     acc0 = tl.dot(ds, k0, acc0, input_precision=PRECISION)
                     if BLOCK_E > 0:
@@ -359,7 +365,7 @@ def key_gradient_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     PROGRAM: tl.constexpr,
-    COPIED_ENDS: tl.constexpr,
+    ENDS: tl.constexpr,
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -374,6 +380,7 @@ def key_gradient_kernel(
     head_k = (program // tiles_each) % heads_k
     batch = program // tiles_each // heads_k
     PACKED: tl.constexpr = DOCUMENTS > 0
+    CHOSEN: tl.constexpr = PROGRAM is not None or dense is not None or bias is not None
     number = 0
     if PACKED:
         number, before = document_of(tile, cu_k, documents, BLOCK_N, DOCUMENTS)
@@ -405,7 +412,7 @@ def key_gradient_kernel(
             acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             u = u_row[:, None]
 
-            for MASKED in tl.static_range(2):
+            for WALK in tl.static_range(3 if ENDS == 2 else 2):
                 for member in tl.range(0, GROUP):
                     head = head_k * GROUP + member
                     q_base = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -422,7 +429,7 @@ def key_gradient_kernel(
                         dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
                     slope = 0.0
                     if slopes is not None:
-                        slope = tl.load(slopes + batch * stride_slopes + head)
+                        slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
                     if walk_tiles is not None:
                         kind = 0
                         if walk_classes is not None:
@@ -431,9 +438,9 @@ def key_gradient_kernel(
                         begin = tl.load(walk_starts + at)
                         end = tl.load(walk_starts + at + 1)
                         middle = begin + tl.load(walk_partial + at)
-                        if key_lengths is not None:
-                            middle = end  # padding may lie in any tile
-                        if MASKED:
+                        if key_lengths is not None or bias is not None:
+                            middle = end  # what is hidden may lie in any tile
+                        if WALK > 0:
                             end = middle
                         else:
                             begin = middle
@@ -446,27 +453,29 @@ def key_gradient_kernel(
                         )
                         begin = 0
                         end = (full_hi - full_lo) // BLOCK_M
-                        if dense is not None or PROGRAM is not None:
+                        if CHOSEN:
                             full_lo = lo
                             full_hi = lo
                             end = 0
-                        if MASKED:
+                        if WALK > 0:
                             end = count_partial(lo, full_lo, full_hi, hi, BLOCK_M)
+                            if ENDS == 2:
+                                begin, end = part_of_partial(end, lo, full_lo, full_hi, q_rows, BLOCK_M, WALK == 1)
                     listed = 0
                     if walk_tiles is not None:
                         listed = tl.load(walk_tiles + begin, mask=begin < end, other=0)
-                    for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
+                    for n in tl.range(begin, end, num_stages=stages(WALK, ENDS, PARTIAL_STAGES)):
                         if walk_tiles is not None:
                             start = listed * BLOCK_M
                             # A tile ahead, so that nothing waits for the list.
                             listed = tl.load(walk_tiles + n + 1, mask=n + 1 < end, other=0)
-                        elif MASKED:
+                        elif WALK > 0:
                             start = nth_partial(n, lo, full_lo, full_hi, BLOCK_M)
                         else:
                             start = full_lo + n * BLOCK_M
                         t_row = start + tl.arange(0, BLOCK_M)
                         there = None
-                        if MASKED and not (COPIED_ENDS and q_tiles is not None):
+                        if not copied(WALK, ENDS) or (WALK > 0 and lse2_tiles is None):
                             # A query that sees no key may be NaN, and so may what arrives at its output.
                             row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
                             row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
@@ -477,16 +486,17 @@ def key_gradient_kernel(
                         else:
                             row_lse = lse2_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
                             row_delta = delta_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
-                        if (MASKED and not COPIED_ENDS) or q_tiles is None:
+                        if not copied(WALK, ENDS) or q_tiles is None:
                             q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
                         else:
                             q0 = load_tile(q_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_D)
-                        if (MASKED and not COPIED_ENDS) or do_tiles is None:
+                        if not copied(WALK, ENDS) or do_tiles is None:
                             do = load_rows(do_base, start, stride_dos * STEP, there, BLOCK_M, 0, BLOCK_DV, DV)
                         else:
                             do = load_tile(do_tiles, batch, head, q_start + start, BLOCK_M, BLOCK_DV)
                         q1 = q0
                         if BLOCK_E > 0:
+                            there = t_row < q_rows if WALK > 0 and copied(WALK, ENDS) else there
                             q1 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, BLOCK_D, BLOCK_E, D)
                         t = t_row[None, :]
                         # Rows that do not exist are zeros here and have no part in p; keys that do not are not stored.
@@ -502,21 +512,22 @@ def key_gradient_kernel(
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
-                        if MASKED:
+                        if WALK > 0:
                             s = masked(
-                                s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
-                                stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
+                                s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head,
+                                dense_base, stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                             )  # fmt: skip
                         p = tl.exp2(s - row_lse[None, :])
+                        weight = p
+                        if softcap is not None:
+                            weight = p * (1.0 - bent * bent)
                         dropped = p
                         if seed is not None:
                             keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                             dropped = tl.where(keep, p * (1.0 / (1.0 - dropout_p)), 0.0)
                             dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
                         acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
-                        ds = p * (dp - row_delta[None, :])
-                        if softcap is not None:
-                            ds *= 1.0 - bent * bent
+                        ds = weight * (dp - row_delta[None, :])
                         ds = ds.to(q0.dtype)
                         acc_k0 = tl.dot(ds, q0, acc_k0, input_precision=PRECISION)
                         if BLOCK_E > 0:

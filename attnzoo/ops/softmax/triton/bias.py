@@ -101,7 +101,7 @@ def bias_gradient_kernel(
             dense_base += tl.cast(batch, tl.int64) * stride_dense_b + tl.cast(head, tl.int64) * stride_dense_h
         slope = 0.0
         if slopes is not None:
-            slope = tl.load(slopes + batch * stride_slopes + head)
+            slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
         seen = k_len
         if key_lengths is not None:
             seen = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), k_len)
@@ -124,6 +124,7 @@ def bias_gradient_kernel(
         padded = (tl.cast(batch, tl.int64) * heads + head) * stride_rows + t
         row_lse = tl.load(lse + rows, mask=t < q_len, other=float("inf"))
         row_delta = tl.load(delta + padded, mask=t < q_len, other=0.0)
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # blind rows, perhaps by the bias itself
         p = tl.exp2(s - row_lse * LOG2E)
         if seed is not None:
             dp = tl.where(kept(seed, batch * heads + head, t, u, dropout_p), dp * (1.0 / (1.0 - dropout_p)), 0.0)

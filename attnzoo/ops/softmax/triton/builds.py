@@ -72,8 +72,8 @@ def _build(
     constants: dict[str, Any] = {
         **{"GROUP": 4, "D": 128, "DV": 128, "BLOCK_M": m, "BLOCK_N": n, "DOCUMENTS": 64 if "cu_q" in options else 0},
         **{"STEP": 1, "LEFT": False, "RIGHT": False, "PROGRAM": None, "PLAIN": False, "PRECISION": "ieee"},
-        **{"FAST": False, "COPIED_ENDS": options == _COPIED, "BOUNDED": softcap and "bias" not in options},
-        "PARTIAL_STAGES": 2 if options == _COPIED else 1,
+        **{"FAST": False, "ENDS": 1 if options == _COPIED else 0, "BOUNDED": softcap and "bias" not in options},
+        "PARTIAL_STAGES": 2,
     } | given
     constants["BLOCK_D"] = 1 << constants["D"].bit_length() - 1
     constants["BLOCK_E"] = constants["D"] - constants["BLOCK_D"]

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.softmax.triton.tiles import (
-    UNSPECIALISED,
     LN2,
     LOG2E,
     LOWEST,
+    UNSPECIALISED,
+    copied,
     count_partial,
     document_of,
     kept,
@@ -20,8 +21,10 @@ from attnzoo.ops.softmax.triton.tiles import (
     load_tile,
     masked,
     nth_partial,
+    part_of_partial,
     score,
     sequence,
+    stages,
 )
 
 
@@ -93,7 +96,7 @@ def forward_kernel(
     PROGRAM: tl.constexpr,
     PLAIN: tl.constexpr,  # nothing is done to the scores but scaling by a positive number
     BOUNDED: tl.constexpr,  # scores lie within a softcap so low that exponentials need no maximum subtracted
-    COPIED_ENDS: tl.constexpr,  # partial tiles come through descriptors too: every key of theirs is seen by some query
+    ENDS: tl.constexpr,  # of partial tiles, read like whole ones: 0 none, 1 all, 2 those that hang over no end
     PARTIAL_STAGES: tl.constexpr,  # of the pipeline over partial tiles; few of them are worth none
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -103,6 +106,8 @@ def forward_kernel(
     head = (program // tiles_each) % heads
     batch = program // tiles_each // heads
     PACKED: tl.constexpr = DOCUMENTS > 0
+    # Any key of a tile may be hidden from all of it.
+    CHOSEN: tl.constexpr = PROGRAM is not None or dense is not None or bias is not None
     number = 0
     if PACKED:
         number, before = document_of(tile, cu_q, documents, BLOCK_M, DOCUMENTS)
@@ -133,7 +138,7 @@ def forward_kernel(
                 dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
             slope = 0.0
             if slopes is not None:
-                slope = tl.load(slopes + batch * stride_slopes + head)
+                slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
 
             t_row = first + tl.arange(0, BLOCK_M)
             exists = t_row < q_rows
@@ -145,8 +150,8 @@ def forward_kernel(
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-            # One body for both walks: whole tiles, then partial ones.
-            for MASKED in tl.static_range(2):
+            # One body for all walks: whole tiles, then partial ones.
+            for WALK in tl.static_range(3 if ENDS == 2 else 2):
                 if walk_tiles is not None:
                     kind = 0
                     if walk_classes is not None:
@@ -155,9 +160,9 @@ def forward_kernel(
                     begin = tl.load(walk_starts + at)
                     end = tl.load(walk_starts + at + 1)
                     middle = begin + tl.load(walk_partial + at)
-                    if key_lengths is not None:
-                        middle = end  # padding may lie in any tile
-                    if MASKED:
+                    if key_lengths is not None or bias is not None:
+                        middle = end  # what is hidden may lie in any tile
+                    if WALK > 0:
                         end = middle
                     else:
                         begin = middle
@@ -170,38 +175,41 @@ def forward_kernel(
                     )
                     begin = 0
                     end = (full_hi - full_lo) // BLOCK_N
-                    if dense is not None or PROGRAM is not None:  # no tile is known to be seen whole
+                    if CHOSEN:  # no tile is known to be seen whole
                         full_lo = lo
                         full_hi = lo
                         end = 0
-                    if MASKED:
+                    if WALK > 0:
                         end = count_partial(lo, full_lo, full_hi, hi, BLOCK_N)
+                        if ENDS == 2:
+                            begin, end = part_of_partial(end, lo, full_lo, full_hi, k_seen, BLOCK_N, WALK == 1)
                 listed = 0
                 if walk_tiles is not None:
                     listed = tl.load(walk_tiles + begin, mask=begin < end, other=0)
-                for n in tl.range(begin, end, num_stages=PARTIAL_STAGES if MASKED else None):
+                for n in tl.range(begin, end, num_stages=stages(WALK, ENDS, PARTIAL_STAGES)):
                     if walk_tiles is not None:
                         start = listed * BLOCK_N
                         # A tile ahead, so that nothing waits for the list.
                         listed = tl.load(walk_tiles + n + 1, mask=n + 1 < end, other=0)
-                    elif MASKED:
+                    elif WALK > 0:
                         start = nth_partial(n, lo, full_lo, full_hi, BLOCK_N)
                     else:
                         start = full_lo + n * BLOCK_N
                     u_row = start + tl.arange(0, BLOCK_N)
-                    k_there = u_row < k_seen if MASKED else None
+                    k_there = None if copied(WALK, ENDS) else u_row < k_seen
                     v_there = k_there
-                    if MASKED and walk_tiles is None:
+                    if not copied(WALK, ENDS) and walk_tiles is None:
                         v_there = u_row < hi
                         if LEFT:
                             v_there = v_there & (u_row > first + shift - window)
-                    if (MASKED and not COPIED_ENDS) or k_tiles is None:
+                    if not copied(WALK, ENDS) or k_tiles is None:
                         k0 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, 0, BLOCK_D, D)
                     else:
                         k0 = load_tile(k_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_D)
                     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
                     if BLOCK_E > 0:
-                        k1 = load_rows(k_base, start, stride_ks * STEP, k_there, BLOCK_N, BLOCK_D, BLOCK_E, D)
+                        there = u_row < k_seen if WALK > 0 else None
+                        k1 = load_rows(k_base, start, stride_ks * STEP, there, BLOCK_N, BLOCK_D, BLOCK_E, D)
                         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
                     t = t_row[:, None]
                     u = u_row[None, :]
@@ -214,16 +222,16 @@ def forward_kernel(
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,
                         )  # fmt: skip
-                    if MASKED:
+                    if WALK > 0:
                         s = masked(
                             s, float("-inf"), t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
                             stride_dense_q, stride_dense_k, q_start + t * STEP, k_start + u * STEP, LEFT, RIGHT,
                         )  # fmt: skip
-                    if (MASKED and not COPIED_ENDS) or v_tiles is None:
+                    if not copied(WALK, ENDS) or v_tiles is None:
                         vt = load_rows(v_base, start, stride_vs * STEP, v_there, BLOCK_N, 0, BLOCK_DV, DV)
                     else:
                         vt = load_tile(v_tiles, batch, head_k, k_start + start, BLOCK_N, BLOCK_DV)
-                    if MASKED and (PROGRAM is not None or dense is not None):
+                    if not copied(WALK, ENDS) and CHOSEN:
                         # What no query of the tile sees may be NaN, and 0 * NaN would spread it.
                         seen = tl.max((s != float("-inf")).to(tl.int32), 0)
                         vt = tl.where(seen[:, None] > 0, vt, 0.0)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted
 from attnzoo.ops.softmax.triton import config
-from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
-from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.config import Tiles
-from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, head_blocks, pattern_of, precision, size_of, walk_of
+from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.shapes import (
+    Arguments,
+    Pattern,
+    ends_of,
+    head_blocks,
+    pattern_of,
+    precision,
+    size_of,
+    walk_of,
+)
 
 
 def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -36,20 +47,19 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     bounded = x.softcap is not None and x.softcap <= 60 and x.q.dtype != torch.float16
     bounded = bounded and x.bias is None and x.slopes is None
     constants = _constants(x, pattern, tiles)
-    forward_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
+    copied = _copied_keys(x, tiles, pattern, constants)
+    arguments = (
         *(x.q, x.k, x.v, out, lse, x.sinks),
         *_options(x),
-        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
-        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
+        *copied,
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out) for stride in t.stride()[:3]),
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **constants,
-        PLAIN=plain,
-        BOUNDED=bounded,
     )
+    constants |= {"PLAIN": plain, "BOUNDED": bounded, "ENDS": _ends(x, pattern, copied)}
+    _launch(forward_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles)
     return out, lse
 
 
@@ -70,40 +80,44 @@ def backward(
     d_out = _plain_rows(d_out)
     pattern = pattern_of(x)
     size = size_of(x, pattern, _capability(x))
-    tiles = config.query_gradient_tiles(size)
+    tiles, key_tiles = config.query_gradient_tiles(size), config.key_gradient_tiles(size)
+    constants, key_constants = _constants(x, pattern, tiles), _constants(x, pattern, key_tiles)
+    copied = _copied_keys(x, tiles, pattern, constants)
+    copied_queries = (
+        _descriptor(x.q, key_tiles.m, constants["BLOCK_D"], pattern),
+        _descriptor(d_out, key_tiles.m, constants["BLOCK_DV"], pattern),
+        _row_descriptor(lse2, key_tiles.m, pattern),
+        _row_descriptor(delta, key_tiles.m, pattern),
+    )
+    ends = _ends(x, pattern, (*copied, *copied_queries))
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
-    constants = _constants(x, pattern, tiles)
-    query_gradient_kernel[(each * x.q.shape[0] * x.q.shape[1],)](
+    arguments: tuple[Any, ...] = (
         *(x.q, x.k, x.v, out, d_out, lse, d_lse, lse2, delta, d_q),
         *_options(x),
-        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
-        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
+        *copied,
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out, d_out, d_q) for stride in t.stride()[:3]),
         rows,
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **constants,
     )
-    tiles = config.key_gradient_tiles(size)
-    each = _tiles_each(x, pattern, x.k.shape[2], tiles.n)
-    constants = _constants(x, pattern, tiles) | {"PARTIAL_STAGES": 1}  # registers are short here
-    key_gradient_kernel[(each * x.k.shape[0] * x.k.shape[1],)](
+    constants["ENDS"] = ends
+    _launch(query_gradient_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles)
+    each = _tiles_each(x, pattern, x.k.shape[2], key_tiles.n)
+    arguments = (
         *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
         *_options(x),
-        _descriptor(x.q, tiles.m, constants["BLOCK_D"], pattern),
-        _descriptor(d_out, tiles.m, constants["BLOCK_DV"], pattern),
-        _row_descriptor(lse2, tiles.m, pattern),
-        _row_descriptor(delta, tiles.m, pattern),
+        *copied_queries,
         pattern.tables,
-        *walk_of(x, pattern, tiles, by_keys=True),
+        *walk_of(x, pattern, key_tiles, by_keys=True),
         *(stride for t in (x.q, x.k, x.v, d_out, d_k, d_v) for stride in t.stride()[:3]),
         rows,
         *_option_strides(x),
         *_numbers(x, pattern, each),
-        **constants,
     )
+    key_constants |= {"ENDS": ends, "PARTIAL_STAGES": 1}  # registers are short there
+    _launch(key_gradient_kernel, each * x.k.shape[0] * x.k.shape[1], arguments, key_constants, key_tiles)
     return d_q, d_k, d_v, delta[..., : lse.shape[2]]
 
 
@@ -123,7 +137,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     tiles = config.query_gradient_tiles(size_of(x, pattern, _capability(x)))
     constants = _constants(x, pattern, tiles)
     grid = own[0] * own[1] * -(-x.q.shape[2] // tiles.m) * -(-x.k.shape[2] // tiles.n)
-    bias_gradient_kernel[(grid,)](
+    arguments = (
         *(x.q, x.k, x.v, d_out, lse, delta, d_bias),
         *(x.slopes, x.bias, x.dense, x.key_lengths, pattern.tables, x.seed),
         *(stride for t in (x.q, x.k, x.v, d_out) for stride in t.stride()[:3]),
@@ -131,9 +145,18 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
         *_option_strides(x),
         *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
         *(x.scale, x.softcap, x.dropout_p),
-        **{name: value for name, value in constants.items() if name not in ("DOCUMENTS", "STEP", "COPIED_ENDS", "PARTIAL_STAGES")},
     )
+    _launch(bias_gradient_kernel, grid, arguments, constants, tiles)
     return d_bias.sum_to_size(own).reshape(shape).to(x.bias.dtype)
+
+
+@lru_cache(maxsize=8)
+def _launcher(kernel: Any) -> Launcher:
+    return Launcher(kernel)
+
+
+def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles) -> None:
+    _launcher(kernel)((programs,), arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
@@ -171,7 +194,12 @@ def _options(x: Arguments) -> tuple[Tensor | None, ...]:
 
 def _descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorDescriptor | None:
     """`t` in tiles for the copy engine of Hopper and later; None if it cannot take them."""
-    if not (interpreted() or capability(t.device.index) >= (9, 0)) or pattern.step > 1 or columns > 256:
+    if (
+        not (interpreted() or capability(t.device.index) >= (9, 0))
+        or pattern.step > 1
+        or columns > 256
+        or t.numel() == 0
+    ):
         return None
     batch, heads, length, dim = t.shape
     size = t.element_size()
@@ -180,6 +208,18 @@ def _descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorD
     if t.data_ptr() % 16 or any(n == 0 or n * size % 16 for n in strides):
         return None
     return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns])
+
+
+def _copied_keys(x: Arguments, tiles: Tiles, pattern: Pattern, constants: dict[str, Any]) -> tuple[Any, Any]:
+    """Descriptors of k and v."""
+    return (
+        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
+        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
+    )
+
+
+def _ends(x: Arguments, pattern: Pattern, copied: tuple[TensorDescriptor | None, ...]) -> int:
+    return 0 if None in copied else ends_of(x, pattern)
 
 
 def _row_descriptor(t: Tensor, rows: int, pattern: Pattern) -> TensorDescriptor | None:
@@ -205,9 +245,6 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
     dim, v_dim = x.q.shape[-1], x.v.shape[-1]
     block, extra = head_blocks(dim)
     whole, rest = head_blocks(v_dim)
-    # In self-attention by an interval that holds the query's own key, every key is seen and every query sees.
-    interval = pattern.program is None and x.dense is None and x.key_lengths is None and x.cu_q is None
-    ends = interval and pattern.step == 1 and x.q.shape[2] == x.k.shape[2]
     return {
         "GROUP": x.group,
         "D": dim,
@@ -222,10 +259,7 @@ def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
         "LEFT": pattern.left,
         "RIGHT": pattern.right,
         "PROGRAM": pattern.program,
-        "COPIED_ENDS": ends,
-        "PARTIAL_STAGES": 2 if ends else 1,
+        "PARTIAL_STAGES": 2,
         "PRECISION": precision(x.q.dtype),
         "FAST": x.q.dtype == torch.bfloat16 and not interpreted(),
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
     }

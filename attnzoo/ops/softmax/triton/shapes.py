@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
+from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import patterns, walks
 from attnzoo.ops.softmax.triton.config import Size, Tiles
 
@@ -72,6 +74,29 @@ def size_of(x: Arguments, pattern: Pattern, capability: tuple[int, int]) -> Size
     if pattern.left and pattern.right:
         reach = min(reach, pattern.window + pattern.ahead)
     return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach)
+
+
+def ends_of(x: Arguments, pattern: Pattern) -> int:
+    """Which partial tiles may be read whole, as the kernels' ENDS: none, all, or those inside a document.
+
+    A hidden key may be NaN, and so may a query that sees nothing. Where each query sees its own key there are none.
+    """
+    if x.dense is not None or x.bias is not None or x.key_lengths is not None:
+        return 0
+    if x.q.shape[2] != x.k.shape[2] or pattern.step > 1:
+        return 0
+    if x.cu_q is not None:
+        same = x.cu_k is not None and x.cu_q.data_ptr() == x.cu_k.data_ptr()
+        return 2 if same and pattern.program is None else 0
+    return int(pattern.program is None or _sees_itself(x.mask.text, x.q.shape[2]))
+
+
+@lru_cache(maxsize=256)
+def _sees_itself(mask: str, length: int) -> bool:
+    """Whether each of so many queries sees the key at its own position."""
+    at = torch.arange(length)
+    rule = mask_from_text(mask)
+    return all(bool(rule.head(head).visible(at, at).all()) for head in range(rule.heads or 1))
 
 
 def walk_of(x: Arguments, pattern: Pattern, tiles: Tiles, *, by_keys: bool) -> tuple[Tensor | None, ...]:

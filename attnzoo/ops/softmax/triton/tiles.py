@@ -17,6 +17,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # a row's greatest score before it saw any; finite, so that no inf - inf arises
 
 
+@triton.constexpr_function
+def copied(walk, ends):
+    """Whether a walk reads tiles through descriptors: whole ones are walked first, then the partial ones that `ends`
+    admits, then the others."""
+    return walk == 0 or (walk == 1 and ends > 0)
+
+
+@triton.constexpr_function
+def stages(walk, ends, partial):
+    """Stages of a walk's pipeline; None: those of the kernel."""
+    if walk == 0:
+        return None
+    return partial if copied(walk, ends) else 1
+
+
 @triton.jit
 def document_of(tile, cu, documents, BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Which document the grid's `tile` belongs to, when documents are cut into tiles one after another, and its first
@@ -137,7 +152,23 @@ def count_partial(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, row, stride, there, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+def part_of_partial(count, lo, full_lo, full_hi, rows, BLOCK: tl.constexpr, INSIDE: tl.constexpr):
+    """Which of `count` partial tiles hang over the end of the rows, at most the last, or which do not."""
+    over = nth_partial(count - 1, lo, full_lo, full_hi, BLOCK) + BLOCK > rows
+    inside = tl.maximum(count - over.to(tl.int32), 0)
+    if INSIDE:
+        begin = count * 0
+        end = inside
+    else:
+        begin = inside
+        end = count
+    return begin, end
+
+
+@triton.jit
+def load_rows(
+    base, row, stride, there, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr
+):
     """COUNT rows from `row` on and columns [START, START + BLOCK) of a matrix; zeros past DIM and where not `there`.
 
     `stride` is that of neighbours in the sequence; `there` is a mask of the rows, or None: all of them.
