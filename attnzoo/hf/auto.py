@@ -36,6 +36,7 @@ _CONFIGS = (
     "GemmaConfig",
     "GraniteConfig",
     "LlamaConfig",
+    "MinistralConfig",
     "MistralConfig",
     "MixtralConfig",
     "NemotronConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +21,7 @@ from attnzoo.conversion.families.code import Code
 from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.grouping import Grouping
 from attnzoo.conversion.heads import MergeHeads, check_calibrated
+from attnzoo.conversion.hybrid import Layers
 from attnzoo.conversion.kept import KeptLayers
 from attnzoo.conversion.plan import Plan, make_plan
 from attnzoo.conversion.regress import STEPS
@@ -30,7 +30,9 @@ from attnzoo.hf.auto import SwappedModel
 from attnzoo.hf.calibration_convert import convert_on_text, key_of
 from attnzoo.hf.calibration_progress import progress_bar
 from attnzoo.hf.calibration_text import Text, token_rows
+from attnzoo.hf.hybrid_convert import convert_hybrid, wants_hybrid
 from attnzoo.hf.latent_convert import convert_latent, wants_latent
+from attnzoo.hf.likeness import match
 from attnzoo.specs import Spec
 
 Report = Callable[[Damage], None]
@@ -41,6 +43,7 @@ def convert(
     source: str | Path,
     spec: Spec | Sequence[Spec],
     *,
+    layers: Layers | None = ...,
     method: str = ...,
     calibration: Text | None = ...,
     out: str | Path,
@@ -60,6 +63,7 @@ def convert(
     source: PreTrainedModel,
     spec: Spec | Sequence[Spec],
     *,
+    layers: Layers | None = ...,
     method: str = ...,
     calibration: Text | None = ...,
     out: str | Path | None = ...,
@@ -78,6 +82,7 @@ def convert(
     source: str | Path | PreTrainedModel,
     spec: Spec | Sequence[Spec],
     *,
+    layers: Layers | None = None,
     method: str = "auto",
     calibration: Text | None = None,
     out: str | Path | None = None,
@@ -101,7 +106,10 @@ def convert(
 
     Args:
         source: a checkpoint folder with config.json and safetensors, or a transformers model.
-        spec: a GQA, or a list of equal ones, one a layer; or an MLA, see `attnzoo.hf.latent_convert.convert_latent`.
+        spec: a GQA, or a list of equal ones, one a layer; or an MLA, see `attnzoo.hf.latent_convert.convert_latent`; or
+            a GQA with a mask or a Linear for some layers, or a list, see `attnzoo.hf.hybrid_convert.convert_hybrid`.
+        layers: which layers get a mask or linear attention: how many, or a `KVBudget`, chosen by measured damage; or
+            their numbers; None: all.
         method: `mean`, `first` or `random`, or with calibration text `svd`, `aligned`, `refit` or `regress`; "auto" is
             `svd` with calibration text and `mean` without.
         calibration: text to convert by: token ids `[rows, S]`; or for a folder, whose tokenizer reads them, texts, or
@@ -112,7 +120,7 @@ def convert(
         held_out: text of the same kinds on which the damage is measured; None: the calibration text.
         samples, sample_length: how many pieces of how many tokens are taken from texts.
         grouping: "order" merges neighbours, "similarity" those heads that calibration text shows to be alike.
-        steps: of gradient descent in each layer, for `regress`.
+        steps: of gradient descent in each layer, for `regress` and a Linear's feature maps.
         report: called with the `Damage`, if there is text to measure it on.
 
     Returns:
@@ -122,6 +130,20 @@ def convert(
         ValueError: for anything wrong with the source or the request, before anything is written; `Refusal` where no
             stock class holds the result, saying what could.
     """
+    if wants_hybrid(spec, layers):
+        return convert_hybrid(
+            source,
+            spec,
+            layers,
+            method=method,
+            calibration=calibration,
+            out=out,
+            overwrite=overwrite,
+            held_out=held_out,
+            samples=samples,
+            sample_length=sample_length,
+            report=report,
+        )
     if wants_latent(spec):
         return convert_latent(
             source,
@@ -264,7 +286,7 @@ def _convert_model(
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
     )
-    _match(new, model, converted)
+    match(new, model, converted)
     return new
 
 
@@ -311,19 +333,6 @@ def _converted(
             yield name, tensor.clone()
     for name, move in plan.moves.items():
         yield name, move.make(*(state[source] for source in move.sources)).clone()
-
-
-def _match(new: PreTrainedModel, old: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Give the new model the old one's device, dtypes, mode, `requires_grad` and generation config."""
-    new.to(old.device)  # type: ignore[arg-type]
-    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
-    for name, parameter in new.named_parameters():
-        if name in state:  # models may keep some weights in another dtype than the rest
-            parameter.data = parameter.data.to(state[name].dtype)
-        parameter.requires_grad_(flags.get(name, True))
-    new.train(old.training)
-    if old.can_generate():
-        new.generation_config = copy.deepcopy(old.generation_config)
 
 
 def _entry(tensor: Tensor) -> Entry:

@@ -10,6 +10,7 @@ from torch import nn
 
 from attnzoo.conversion import Refusal
 from attnzoo.conversion.families import Family, Geometry
+from attnzoo.conversion.windows import hold_masks
 from attnzoo.hf.latent import SwappedLatentAttention
 from attnzoo.hf.latent_weights import filled
 from attnzoo.hf.layers import SwappedAttention
@@ -53,7 +54,7 @@ def make_plan(
     narrower = any(getattr(layer, "narrower", False) for layer in old)
     if masks != kept or narrower:
         try:
-            new, narrower = _with_masks(family, new, masks), False
+            new, narrower = hold_masks(family, new, masks), False
         except Refusal as refusal:
             # Every layer hides keys itself then, so that caches and the model's masks must not hide any before.
             refusals.append(str(refusal))
@@ -165,17 +166,3 @@ def _mask(spec: Spec, layer: nn.Module, before: Mask) -> Mask:
     if mask.causal or not causal:
         return mask
     return Causal() if isinstance(mask, Full) else mask & Causal()
-
-
-def _with_masks(family: Family, config: dict[str, Any], masks: list[Mask]) -> dict[str, Any]:
-    """The stock config whose layers have these masks: one for all, or one window in some layers where it lists them."""
-    windows = {mask for mask in masks if isinstance(mask, SlidingWindow)}
-    if len(set(masks)) == 1 or len(windows) != 1 or set(masks) - windows != {Causal()}:
-        if len(set(masks)) > 1:
-            raise Refusal("its layers differ in their masks")
-        return family.with_mask(config, masks[0])
-    held = family.with_mask(config, next(iter(windows)))
-    if "layer_types" not in held or not held["layer_types"]:
-        raise Refusal(f"its layers differ in their masks, and {family.model_type} has one for all")
-    kinds = ["sliding_attention" if mask in windows else "full_attention" for mask in masks]
-    return held | {"layer_types": kinds}

@@ -22,6 +22,13 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 CONFIGS = {
     "llama": USUAL | {"num_key_value_heads": 6, "head_dim": 10, "attention_bias": True},
     "mistral": USUAL | {"num_key_value_heads": 6, "head_dim": 10, "sliding_window": 5},
+    "ministral": USUAL
+    | {
+        "num_key_value_heads": 6,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen2": USUAL | {"num_key_value_heads": 6, "tie_word_embeddings": True},
     "qwen3": USUAL | {"num_key_value_heads": 6, "head_dim": 10},
     "gemma": USUAL | {"num_key_value_heads": 6, "head_dim": 10},

@@ -30,6 +30,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": COMMON | {"attention_bias": True},
     "mistral": COMMON | {"sliding_window": 5},
+    "ministral": COMMON | {"head_dim": 8, "sliding_window": 5, "layer_types": ALTERNATE},
     "qwen2": COMMON | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ALTERNATE},
     "qwen3": COMMON | {"head_dim": 16, "num_key_value_heads": 2},
     "gemma": GEMMA,

@@ -129,6 +129,7 @@ class Separate(Family):
 FAMILIES = (
     Separate("llama"),
     Separate("mistral", kv_heads=8, window="every_layer"),
+    Separate("ministral", kv_heads=8, window="layer_types"),
     Separate("mixtral", kv_heads=8, window="every_layer"),
     Separate("qwen2", kv_heads=32, window="layer_types", switch=True),
     Separate("qwen3", kv_heads=32, head_dim=128, norms="one", window="layer_types", switch=True),

@@ -1,0 +1,131 @@
+"""A causal language model taken apart at its blocks, which then run one at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnzoo.conversion import ConversionError
+from attnzoo.conversion.families import Family
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments behind the hidden states
+
+
+@dataclass
+class Seen:
+    """One forward pass: the stream `[B, S, dim]` before each block and behind the last, each block's attention output,
+    and the logits `[B, S, vocabulary]`."""
+
+    stream: list[Tensor] = field(default_factory=list)
+    attended: list[Tensor] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+class Blocks:
+    """Runs a model's blocks. Masks and tables that they are called with are those of the batch's shape alone.
+
+    Args:
+        model: in eval mode.
+        family: of its attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        path, _, self._inside = (family.base + family.attention).partition(".{layer}.")
+        try:
+            self.blocks = list(model.get_submodule(path))  # type: ignore[call-overload]
+        except AttributeError:
+            raise ConversionError(
+                f"text runs through causal language models only, not {type(model).__name__}"
+            ) from None
+        self.model = model
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._tuples = False
+
+    def attention(self, number: int) -> nn.Module:
+        """The attention of a block."""
+        return self.blocks[number].get_submodule(self._inside)
+
+    def watch(self, tokens: Tensor) -> Seen:
+        """Run the whole model on token ids `[B, S]`."""
+        seen, calls = Seen(), []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(kwargs)
+            hidden = args[0] if args else named.pop("hidden_states")
+            seen.stream.append(hidden)
+            calls.append((args[1:], named))
+
+        def behind(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self._tuples = isinstance(out, tuple)
+
+        def attended(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            seen.attended.append(_first(out))
+
+        def last(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            seen.stream.append(_first(out))
+
+        hooks = [self.blocks[-1].register_forward_hook(behind), self.blocks[-1].register_forward_hook(last)]
+        for number, block in enumerate(self.blocks):
+            hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(self.attention(number).register_forward_hook(attended))
+        try:
+            seen.logits = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._calls[tuple(tokens.shape)] = calls
+        return seen
+
+    def prepare(self, tokens: Tensor) -> None:
+        """Learn what blocks are called with for batches of this shape, which `run` needs."""
+        if tuple(tokens.shape) not in self._calls:
+            self.watch(tokens)
+
+    def run(self, number: int, hidden: Tensor) -> Tensor:
+        """The stream behind a block, from that before it."""
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
+        return _first(self.blocks[number](hidden, *args, **kwargs))
+
+    def run_attention(self, number: int, hidden: Tensor) -> Tensor:
+        """The output of a block's attention, from the stream before the block."""
+        with watching(self.attention(number)) as found:
+            self.run(number, hidden)
+        return found[0]
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Logits from the stream behind the last block."""
+        out = (hidden,) if self._tuples else hidden
+        for block in self.blocks:
+            block.forward = lambda *args, **kwargs: out  # type: ignore[method-assign]
+        try:
+            return self.model(input_ids=hidden.new_zeros(hidden.shape[:2]).long(), use_cache=False).logits
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+@contextmanager
+def watching(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of a module while this is open."""
+    found: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _, args, out: found.append(_first(out)))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares all its tensors, in eval mode: for other layers over the same weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
