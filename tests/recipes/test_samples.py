@@ -112,7 +112,7 @@ def test_a_failed_download_says_what_to_do_instead(plays, monkeypatch):
 
 def test_the_command_names_what_it_knows(monkeypatch, caches, capsys):  # noqa: F811
     monkeypatch.setattr(sys, "argv", ["samples", "goethe"])
-    with pytest.raises(SystemExit, match="'goethe'; allowed are shakespeare, smollm2"):
+    with pytest.raises(SystemExit, match="'goethe'; allowed are bible, shakespeare, smollm2"):
         samples.main()
 
 
