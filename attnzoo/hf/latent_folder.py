@@ -16,11 +16,12 @@ from torch import Tensor
 from attnzoo.conversion import ConversionError
 from attnzoo.conversion.checkpoint import _files, _read, _source
 from attnzoo.conversion.damage import Damage
+from attnzoo.conversion.families import family_for
 from attnzoo.conversion.folders import check_free, whole_folder
 from attnzoo.conversion.latent import LatentWeights
 from attnzoo.conversion.latent.stock import check_held
 from attnzoo.conversion.shards import INDEX, read_json, read_shards
-from attnzoo.hf.latent_plan import LatentPlan, best_device, plan_latent, run_latent
+from attnzoo.hf.latent_plan import LatentPlan, best_device, method_name, plan_latent, run_latent
 from attnzoo.hf.latent_stock import Biases, deepseek_config, deepseek_tensors
 from attnzoo.hf.plan import one_a_layer
 from attnzoo.specs import MLA, Spec
@@ -59,6 +60,7 @@ def convert_latent_folder(
     config = read_json(folder / "config.json")
     check_held(config, [one for one in one_a_layer(spec, config["num_hidden_layers"]) if isinstance(one, MLA)])
     files = _Files(folder)
+    _check_names(folder, config, files)
     plan = plan_latent(config, files, spec, calibration, best_device())
     check_held(config, plan.specs)
     carried = _files(folder)
@@ -89,7 +91,7 @@ def convert_latent_folder(
         shards.finish()
         record = {
             "spec": plan.specs[0].to_dict(),
-            "method": "latent",
+            "method": method_name(**fitting),
             "source": config.get("_name_or_path") or folder.name,
         }
         if "attnzoo" in config:
@@ -100,6 +102,15 @@ def convert_latent_folder(
             (target / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, target / path)
     return out, damage
+
+
+def _check_names(folder: Path, config: dict[str, Any], names: Mapping[str, Tensor]) -> None:
+    stem = family_for(config["model_type"]).attention_path(0)
+    if f"{stem}.o_proj.weight" not in names:
+        raise ConversionError(
+            f"{folder} has no tensor {stem}.o_proj.weight; it must be saved from a causal language model, not from the "
+            "base model alone"
+        )
 
 
 def _biases(plan: LatentPlan) -> Biases:

@@ -56,6 +56,11 @@ class LatentPlan:
         return _with_gains(p, self.family), self.family.rotary(self.config, number)
 
 
+def method_name(refit: bool = True, steps: int = 0) -> str:
+    """What the method with these settings of `ToLatent` is called."""
+    return "regress" if steps else "refit" if refit else "svd"
+
+
 def best_device() -> torch.device:
     """Where the layers of a folder run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,12 +145,14 @@ def run_latent(
     """
     start = time.perf_counter()
     rope = rope_of(plan.original.model, (), None if calibration is None else calibration.shape[1])
-    method = ToLatent("latent", plan.split, plan.specs, rope, plan.scale, plan.family.attention_path, **fitting)
+    method = ToLatent(
+        method_name(**fitting), plan.split, plan.specs, rope, plan.scale, plan.family.attention_path, **fitting
+    )
     if calibration is None and held_out is None:
         for number in range(plan.geometry.num_layers):
             keep(number, method(number, plan.attention(number), None))
         return None
-    with progress_bar(f"latent: {plan.family.model_type}") as progress:
+    with progress_bar(f"{method.name}: {plan.family.model_type}") as progress:
         layers, walk = convert_layers(
             plan.original,
             plan.new,

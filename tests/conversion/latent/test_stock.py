@@ -138,6 +138,7 @@ def test_a_folder_becomes_a_stock_folder_that_needs_no_attnzoo(tokens, tmp_path)
     out = attnzoo.convert(tmp_path / "old", SPECS["half"], calibration=tokens, method="svd", out=tmp_path / "new")
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "deepseek_v3" and config["attnzoo"]["spec"]["mechanism"] == "mla"
+    assert config["attnzoo"]["method"] == "svd"
     assert (out / "tokenizer.json").exists() and not list(out.glob("*.py")) and "auto_map" not in config
     assert all(t.dtype == torch.bfloat16 for file in out.glob("*.safetensors") for t in load_file(file).values())
     code = (
@@ -153,6 +154,12 @@ def test_a_folder_becomes_a_stock_folder_that_needs_no_attnzoo(tokens, tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(here, tokens), atol=0.1, rtol=0)
     with pytest.raises(ValueError, match="exists"):
         attnzoo.convert(tmp_path / "old", SPECS["half"], out=out)
+
+
+def test_a_folder_of_the_base_model_alone_is_refused(tmp_path):
+    build().model.save_pretrained(tmp_path / "old")
+    with pytest.raises(ConversionError, match="base model alone"):
+        attnzoo.convert(tmp_path / "old", MLA(), out=tmp_path / "new")
 
 
 def test_a_large_result_is_written_in_parts_with_an_index(tokens, tmp_path, monkeypatch):
