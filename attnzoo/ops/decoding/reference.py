@@ -27,8 +27,10 @@ def run(call: Call) -> Tensor:
     for start, length in zip(starts, lengths, strict=True):
         check_last(start, q_len, length)
     scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    options = {"mask": call.mask, "scale": scale, "softcap": call.softcap, "sinks": call.sinks}
-    return decode_reference(call.q, *call.cache.view(), lengths, starts, **options)
+    k, v = call.cache.view()
+    return decode_reference(
+        call.q, k, v, lengths, starts, mask=call.mask, scale=scale, softcap=call.softcap, sinks=call.sinks
+    )
 
 
 def decode_reference(

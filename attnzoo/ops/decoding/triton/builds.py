@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnzoo.ops.decoding.triton.kernels import decode_kernel, merge_kernel
+from attnzoo.ops.decoding.triton.kernels import decode_kernel
+from attnzoo.ops.decoding.triton.merging import merge_kernel
 from attnzoo.ops.decoding.triton.plan import tiles_for
 from attnzoo.ops.launching import Build, Builds
 

@@ -62,7 +62,7 @@ def decode(
     slots = num_multiprocessors(q.device.index) * tiles.resident
     splits = splits_for(batch * k_heads * m_tiles, -(-reach // tiles.block_n), slots)
     part, lse = parts_for(out, splits)
-    launcher("decode_kernel")(
+    launcher("decode")(
         (splits, k_heads * m_tiles, batch),
         (
             *(q, *three(k), *three(v), *(recent or (None, None))),
@@ -105,9 +105,9 @@ decode_op = torch.library.custom_op("attnzoo::decode", decode, mutates_args=())
 @lru_cache(maxsize=8)
 def launcher(name: str) -> Launcher:
     """The launcher of a kernel; Triton is imported here, at the first use."""
-    from attnzoo.ops.decoding.triton import kernels
+    from attnzoo.ops.decoding.triton import kernels, merging
 
-    return Launcher(getattr(kernels, name))
+    return Launcher({"decode": kernels.decode_kernel, "merge": merging.merge_kernel}[name])
 
 
 def starts_early(device: torch.device) -> bool:
@@ -131,7 +131,7 @@ def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Te
     batch, heads, q_len, splits, v_dim = part.shape
     width = min(next_power_of_two(v_dim), 128)
     early = starts_early(out.device)
-    launcher("merge_kernel")(
+    launcher("merge")(
         (batch * heads * q_len, -(-v_dim // width), 1),
         (part, lse, sinks, out),
         (splits,),
