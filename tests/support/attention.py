@@ -35,6 +35,9 @@ class Case:
     mask: Mask | Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     trains: bool = True
+    # A query that sees one key gives none of it back through the output: 0 is left of a sum, and of rounding. A large
+    # gradient of the logsumexp shows the rest.
+    d_lse: float = 1.0
 
     def draw(self, dtype: torch.dtype) -> list[Tensor]:
         """Fresh q, k and v."""
@@ -141,6 +144,7 @@ def assert_matches(
     trains: bool = True,
     keep: Tensor | None = None,
     poisoned_rows: Tensor | None = None,
+    lse_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Hold output, logsumexp and all gradients, through both of them at once, to the error rule.
 
@@ -149,6 +153,7 @@ def assert_matches(
         options: of `attention`; sinks and bias are leaves too.
         keep: what dropout left, where the call drops.
         poisoned_rows: rows of the output, bool `[B, Hq, Sq]`, at which NaN arrives in the backward.
+        lse_weight: size of the gradient that arrives at the logsumexp.
 
     Returns:
         Output, logsumexp and gradients of q, k, v, then of sinks and bias where given.
@@ -174,7 +179,7 @@ def assert_matches(
     if not trains:
         return out, lse, ()
 
-    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse).masked_fill(blind, 0)
+    d_out, d_lse = torch.randn_like(out), (lse_weight * torch.randn_like(lse)).masked_fill(blind, 0)
     arriving = (d_out, d_lse)
     if poisoned_rows is not None:
         arriving = (d_out.masked_fill(poisoned_rows[..., None], math.nan), d_lse.masked_fill(poisoned_rows, math.nan))

@@ -169,5 +169,6 @@ def _check_integers(name: str, tensor: Tensor) -> None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without stalling a GPU or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be looked at without stalling a GPU or breaking a graph; under vmap there are several."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not tracing

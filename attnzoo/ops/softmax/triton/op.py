@@ -12,6 +12,7 @@ from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import launch
 from attnzoo.ops.softmax.triton.launch import empty_as
 from attnzoo.ops.softmax.triton.shapes import Arguments
+from attnzoo.ops.softmax.triton.vmap import backward_rule, forward_rule
 
 
 @torch.library.custom_op("attnzoo::fused_attention", mutates_args=())
@@ -63,6 +64,7 @@ def fused_attention_backward(
     """Gradients of q, k, v, the sinks and the bias; the last two are empty where there are none."""
     tensors = (q, k, v, sinks, bias, slopes, dense, key_lengths, cu_q, cu_k, seed)
     x = _arguments(*tensors, mask, scale, softcap, dropout_p)
+    d_lse = None if d_lse is None else d_lse.contiguous()  # that of a sum is one number, expanded
     d_q, d_k, d_v, delta = launch.backward(d_out, d_lse, out, lse, x)
     d_sinks = q.new_empty(0, dtype=torch.float32)
     if sinks is not None:
@@ -94,6 +96,9 @@ def _arguments(
     full = (*q.shape[:3], k.shape[2])
     bias, dense = (None if t is None else t.expand(full) for t in (bias, dense))
     rule = mask_from_text(mask) if mask else Full()
+    # Kernels read these one number after another, and may be handed views with other strides.
+    sinks, key_lengths, cu_q, cu_k = (None if t is None else t.contiguous() for t in (sinks, key_lengths, cu_q, cu_k))
+    slopes = None if slopes is None else slopes.float().contiguous()
     tensors = (q, k, v, sinks, bias, slopes, dense, key_lengths, cu_q, cu_k, seed)
     return Arguments(*tensors, rule, scale, softcap or None, dropout_p)
 
@@ -128,3 +133,5 @@ def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
+fused_attention.register_vmap(forward_rule(fused_attention))
+fused_attention_backward.register_vmap(backward_rule(fused_attention_backward))
