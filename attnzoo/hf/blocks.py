@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Blocks:
             raise ConversionError(
                 f"text runs through causal language models only, not {type(model).__name__}"
             ) from None
-        self.model = model
+        self.model, self.family = model, family
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._tuples = False
 
@@ -92,9 +92,19 @@ class Blocks:
         args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
         return _first(self.blocks[number](hidden, *args, **kwargs))
 
-    def run_attention(self, number: int, hidden: Tensor) -> Tensor:
-        """The output of a block's attention, from the stream before the block."""
-        with watching(self.attention(number)) as found:
+    def enter(self, tokens: Tensor) -> Tensor:
+        """The stream before the first block, of token ids `[B, S]`."""
+        self.prepare(tokens)
+        with _stopping(self.blocks[0]) as found, suppress(_Stop):
+            self.model(input_ids=tokens, use_cache=False)
+        return found[0]
+
+    def heads(self, number: int, hidden: Tensor) -> Tensor:
+        """What the heads of a block's attention give, `[B, S, heads * head_dim]`, from the stream before the block.
+
+        The attention is one of a swapped model, which has an o_proj.
+        """
+        with _stopping(self.attention(number).get_submodule("o_proj")) as found, suppress(_Stop):
             self.run(number, hidden)
         return found[0]
 
@@ -115,6 +125,26 @@ def watching(module: nn.Module) -> Iterator[list[Tensor]]:
     """The outputs of a module while this is open."""
     found: list[Tensor] = []
     hook = module.register_forward_hook(lambda _, args, out: found.append(_first(out)))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+class _Stop(Exception):
+    """What was looked for has been seen."""
+
+
+@contextmanager
+def _stopping(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What goes into a module, which then stops the pass."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         yield found
     finally:

@@ -139,9 +139,11 @@ def convert(
             calibration=calibration,
             out=out,
             overwrite=overwrite,
+            seed=seed,
             held_out=held_out,
             samples=samples,
             sample_length=sample_length,
+            steps=steps,
             report=report,
         )
     if wants_latent(spec):

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from attnzoo.conversion import Refusal
 from attnzoo.conversion.checkpoint import _files
 from attnzoo.conversion.folders import whole_folder
+from attnzoo.conversion.transfer import is_learned
 from attnzoo.conversion.windows import windowed_config
 from attnzoo.hf.auto import SwappedModel
 from attnzoo.hf.export import export
@@ -42,7 +43,7 @@ def build(
     attentions = [new.get_submodule(request.family.attention_path(number)) for number in range(request.count)]
     for number in layers:
         if isinstance(attentions[number], SwappedLinearAttention):
-            learned = {name: tensor for name, tensor in trained[number].state_dict().items() if _is_learned(name)}
+            learned = {name: tensor for name, tensor in trained[number].state_dict().items() if is_learned(name)}
             attentions[number].load_state_dict(learned, strict=False)
     if all(isinstance(attention, SwappedAttention) for attention in attentions):
         try:
@@ -64,10 +65,6 @@ def write(model: PreTrainedModel, out: str | Path, source: Path | None, *, overw
         model.save_pretrained(folder)
         _carry(source, folder)
     return Path(out).expanduser().resolve()
-
-
-def _is_learned(name: str) -> bool:
-    return name == "window_factors" or name.startswith("learned_map.")
 
 
 def _stock(model: PreTrainedModel, config: dict[str, Any], request: Request, layers: Sequence[int]) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from attnzoo.conversion import ConversionError, Refusal
 from attnzoo.conversion.damage import LayerDamage
 from attnzoo.conversion.folders import check_free
 from attnzoo.conversion.hybrid import HybridDamage, KVBudget, Layers, choose_layers
+from attnzoo.conversion.transfer import STEPS
 from attnzoo.hf.auto import SwappedModel
 from attnzoo.hf.blocks import Blocks, sharing
 from attnzoo.hf.calibration_progress import progress_bar
@@ -22,6 +23,7 @@ from attnzoo.hf.calibration_text import Text, token_rows
 from attnzoo.hf.hybrid_build import build, write
 from attnzoo.hf.hybrid_measure import damage_alone, damage_together
 from attnzoo.hf.hybrid_request import cache_bytes, read_request
+from attnzoo.hf.hybrid_transfer import transfer_all
 from attnzoo.hf.swap import rebuild
 from attnzoo.specs import GQA, Linear, Spec
 
@@ -47,6 +49,8 @@ def convert_hybrid(
     method: str = "auto",
     samples: int = 64,
     sample_length: int = 512,
+    seed: int = 0,
+    steps: int = STEPS,
     report: Report | None = None,
 ) -> Path | PreTrainedModel:
     """`attnzoo.convert` to a GQA with a mask, or to a Linear, in some layers.
@@ -77,7 +81,7 @@ def convert_hybrid(
         None if text is None else token_rows(text, folder, samples, sample_length, name=name)
         for text, name in ((calibration, "calibration"), (held_out, "held_out"))
     ]
-    new, damage = convert_hybrid_model(model, spec, layers, *texts)
+    new, damage = convert_hybrid_model(model, spec, layers, *texts, seed=seed, steps=steps)
     if report is not None and damage is not None:
         report(damage)
     if out is None:
@@ -92,6 +96,9 @@ def convert_hybrid_model(
     layers: Layers | None = None,
     calibration: Tensor | None = None,
     held_out: Tensor | None = None,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
 ) -> tuple[PreTrainedModel, HybridDamage | None]:
     """The new model, and what it cost if there is text to measure it on; arguments as of `convert_hybrid`."""
     start = time.perf_counter()
@@ -107,6 +114,9 @@ def convert_hybrid_model(
     old, made = ([one.attention(number) for number in range(request.count)] for one in (before, after))
     old_bytes, new_bytes = cache_bytes(request, old, made, model, length)
 
+    if calibration is not None and request.name == "linear":
+        with progress_bar("linear: feature maps") as progress:
+            transfer_all(run, after, calibration, steps=steps, seed=seed, progress=progress)
     alone, damages = [math.nan] * request.count, list[LayerDamage]()
     if request.asked is None:
         assert request.choice is not None and calibration is not None
