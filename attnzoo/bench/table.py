@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnzoo.ops.softmax.choice import LENGTHS, Class
+from attnzoo.ops.softmax.choice import LENGTHS, Class, merged
 
 
 def write(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put this device's orders into the file at `path`; classes that were not measured now keep what stood there."""
+    """Put this device's orders into the file at `path`; what was not measured now keeps its place."""
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     measured = {key: about[key] for key in ("capability", "torch", "cuda", "cudnn", "packages", "commit")}
     before = tables.get(about["device"], {}).get("orders", {})
-    tables[about["device"]] = {"measured": measured, "orders": before | orders(rows)}
+    found = {text: list(merged(order, before.get(text, ()))) for text, order in orders(rows).items()}
+    tables[about["device"]] = {"measured": measured, "orders": before | found}
     whole = path.with_suffix(".new")
     whole.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     whole.replace(path)
@@ -27,7 +28,7 @@ def orders(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     times: dict[Class, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         kind, _, backend = row["contestant"].partition(":")
-        if kind != "via" or backend == "auto" or "forward_ms" not in row or row["case"] in _NOT_PLAIN:
+        if kind != "via" or backend == "auto" or "forward_ms" not in row or row["case"] in _NOT_RANKED:
             continue
         for trains in (False, True):
             if trains and "backward_ms" not in row:
@@ -43,7 +44,8 @@ def orders(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-_NOT_PLAIN = ("alibi", "deterministic", "dropout")  # ranked with causal calls they would say nothing about these
+# Ranked with causal calls the first three would say nothing about these; the last repeats one of them for fewer peers.
+_NOT_RANKED = ("alibi", "deterministic", "dropout", "plain")
 
 
 def _class(row: Mapping[str, Any], trains: bool) -> Class:

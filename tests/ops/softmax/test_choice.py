@@ -316,3 +316,13 @@ def test_checks_and_choice_cost_a_few_microseconds_a_call(asked) -> None:
     call()
     ours, theirs = (min(timeit.repeat(f, number=300, repeat=15)) / 300 for f in (call, bare))
     assert ours - theirs < 30e-6  # 3 to 6 on an idle core; three times the promise for one that is not
+
+
+def test_a_package_that_was_not_measured_keeps_the_place_that_it_is_expected_to_have() -> None:
+    expected = ("fa3-fwd", "flash-attn-4", "sdpa-cudnn", "triton", "sdpa-flash", "tiled")
+    assert choice.merged(("triton", "sdpa-cudnn"), expected) == (
+        *("fa3-fwd", "flash-attn-4", "triton", "sdpa-cudnn"),
+        *("sdpa-flash", "tiled"),
+    )
+    assert choice.merged((), expected) == expected
+    assert choice.merged(("tiled", "fa3-fwd"), expected)[0] == "flash-attn-4"
