@@ -101,8 +101,9 @@ class Stage:
     def _leave(self, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.device, self.dtype)
         passed = (hidden,) if self._as_tuple else hidden
+        width = self.model.get_input_embeddings().weight.shape[-1]  # OPT's may be narrower than the stream
         with self._stand_in(lambda number, came, args, kwargs: passed):
-            return self.model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
+            return self.model(inputs_embeds=hidden.new_zeros(*hidden.shape[:2], width), use_cache=False).logits
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """Run all but the layers, and keep what each layer is called with; it depends on the shape alone."""
