@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attnzoo.ops.launching import triton_reasons
 from attnzoo.ops.softmax.common import Call
+from attnzoo.ops.softmax.triton import patterns
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -16,20 +17,22 @@ def reasons(call: Call) -> list[str]:
     out = triton_reasons(call.q.device)
     if call.q.dtype not in _DTYPES:
         out.append(f"runs fp16, bf16 and fp32, not {str(call.q.dtype).removeprefix('torch.')}")
-    if max(call.q.shape[-1], call.v.shape[-1]) > 256 and _wants_gradient(call):
+    if max(call.q.shape[-1], call.v.shape[-1]) > 256 and call.trains:
         out.append("has a backward for head_dim up to 256 only")
     if call.q.shape[-1] > 1024 or call.v.shape[-1] > 512:
         out.append("takes queries up to 1024 and values up to 512 wide")
+    if not isinstance(call.mask, Tensor):
+        out += patterns.reasons(call.mask)
     return out
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Sq, Dv]` in the inputs' dtype and logsumexp `[B, Hq, Sq]` in fp32."""
-    from attnzoo.ops.softmax.triton.op import fused_attention
+    from attnzoo.ops.softmax.triton.op import attend
 
     dense, text = (call.mask, "") if isinstance(call.mask, Tensor) else (None, call.mask.text)
     seed = torch.randint(1 << 62, (), device=call.q.device) if call.dropout_p > 0 else None
-    return fused_attention(
+    return attend(
         call.q,
         call.k,
         call.v,
@@ -46,7 +49,3 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         call.softcap or 0.0,
         call.dropout_p,
     )
-
-
-def _wants_gradient(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v))

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnzoo.ops.launching import Build, Builds
-from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
+from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
 
 _POINTERS = {
     "lse": "*fp32",
@@ -46,7 +47,7 @@ def builds() -> Builds:
     for name, (kernel, tiles) in kernels.items():
         yield _build(f"{name} causal", kernel, tiles, RIGHT=True)
         yield _build(f"{name} causal, copied tiles", kernel, tiles, _COPIED, RIGHT=True)
-        window = {"LEFT": True, "RIGHT": True}
+        window: dict[str, Any] = {"LEFT": True, "RIGHT": True}
         yield _build(f"{name} packed window softcap", kernel, tiles, _PACKED, softcap=True, FAST=True, **window)
         yield _build(f"{name} listed", kernel, tiles, (*_WALK, "tables"), PROGRAM=_LONGFORMER)
         small = (32, 32, 4, 1)

@@ -4,6 +4,8 @@ A program owns BLOCK_M queries of one head. It walks the tiles of keys that they
 then those that need a mask, and keeps the running maximum, sum and unscaled output in registers.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 
@@ -101,6 +103,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
+    """Output and logsumexp of one tile of queries; the logsumexp is in natural units."""
     program = tl.program_id(0)
     tile = program % tiles_each
     head = (program // tiles_each) % heads
@@ -118,7 +121,7 @@ def forward_kernel(
         # The last queries of a causal mask see most keys: their programs start first, and none is left over at the end.
         tile = tiles_of_one - 1 - tile % tiles_of_one
     if number < tl.maximum(documents, STEP):
-        q_start, q_rows, k_start, k_rows, k_seen, shift = sequence(
+        q_start, q_rows, k_start, _, k_seen, shift = sequence(
             number, batch, q_len, k_len, key_lengths, cu_q, cu_k, PACKED, STEP
         )
         first = tile * BLOCK_M

@@ -13,10 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted
 from attnzoo.ops.softmax.triton import config
-from attnzoo.ops.softmax.triton.backward import key_gradient_kernel, query_gradient_kernel
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.config import Tiles
 from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
+from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
 from attnzoo.ops.softmax.triton.shapes import (
     Arguments,
     Pattern,
@@ -127,12 +128,13 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     Where the bias has one row or one column for all, its gradient is made for each and then summed.
     """
     assert x.bias is not None
+    dtype = x.bias.dtype
     x = _with_plain_rows(x)
     d_out = _plain_rows(d_out)
     own = (1,) * (4 - len(shape)) + tuple(shape)
     d_bias = torch.empty(*own[:2], x.q.shape[2], x.k.shape[2], dtype=torch.float32, device=x.q.device)
     if d_bias.numel() == 0 or x.q.shape[0] == 0:
-        return d_bias.zero_().sum_to_size(own).reshape(shape).to(x.bias.dtype)
+        return d_bias.zero_().sum_to_size(own).reshape(shape).to(dtype)
     pattern = pattern_of(x, split=False)
     tiles = config.query_gradient_tiles(size_of(x, pattern, _capability(x)))
     constants = _constants(x, pattern, tiles)
@@ -147,7 +149,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
         *(x.scale, x.softcap, x.dropout_p),
     )
     _launch(bias_gradient_kernel, grid, arguments, constants, tiles)
-    return d_bias.sum_to_size(own).reshape(shape).to(x.bias.dtype)
+    return d_bias.sum_to_size(own).reshape(shape).to(dtype)
 
 
 @lru_cache(maxsize=8)

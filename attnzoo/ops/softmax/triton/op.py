@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnzoo.masks import Full
 from attnzoo.ops.softmax.common import mask_from_text
@@ -15,8 +17,22 @@ from attnzoo.ops.softmax.triton.shapes import Arguments
 from attnzoo.ops.softmax.triton.vmap import backward_rule, forward_rule
 
 
-@torch.library.custom_op("attnzoo::fused_attention", mutates_args=())
-def fused_attention(
+def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`fused_attention`, without the operator around it where nobody traces: it costs as much as a short kernel."""
+    if not _is_plain(inputs[0]):
+        return fused_attention(*inputs)
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    return _Eager.apply(*inputs) if wanted else _forward(*inputs)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether no compiler, transform, subclass or dispatch mode is looking on."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,8 +54,7 @@ def fused_attention(
     return launch.forward(_arguments(*tensors, mask, scale, softcap, dropout_p))
 
 
-@torch.library.custom_op("attnzoo::fused_attention_backward", mutates_args=())
-def fused_attention_backward(
+def _differentiate(
     d_out: Tensor,
     d_lse: Tensor | None,
     out: Tensor,
@@ -103,6 +118,10 @@ def _arguments(
     return Arguments(*tensors, rule, scale, softcap or None, dropout_p)
 
 
+fused_attention = torch.library.custom_op("attnzoo::fused_attention", _forward, mutates_args=())
+fused_attention_backward = torch.library.custom_op("attnzoo::fused_attention_backward", _differentiate, mutates_args=())
+
+
 @fused_attention.register_fake
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return empty_as(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -121,15 +140,30 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.rest = inputs[11:]
 
 
-def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_out, d_lse, differentiate=fused_attention_backward):  # type: ignore[no-untyped-def]
     out, lse, *inputs = ctx.saved_tensors
     sinks, bias = inputs[3:5]
     if d_out is None:
         d_out = torch.zeros_like(out)
     wanted = bias is not None and ctx.needs_input_grad[4]
-    d_q, d_k, d_v, d_sinks, d_bias = fused_attention_backward(d_out, d_lse, out, lse, *inputs, *ctx.rest, wanted)
+    d_q, d_k, d_v, d_sinks, d_bias = differentiate(d_out, d_lse, out, lse, *inputs, *ctx.rest, wanted)
     d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
     return d_q, d_k, d_v, d_sinks, d_bias if wanted else None, *([None] * 10)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without operators."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+        return _backward(ctx, d_out, d_lse, _differentiate)
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)

@@ -4,6 +4,8 @@ Names: i, j are positions in a sequence, bottom-right aligned; t, u are rows of 
 i = t + shift and j = u. Scores are kept times log2(e), so that exponentials are powers of two.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 
@@ -199,7 +201,8 @@ def load_tile(tiles, batch, head, row, COUNT: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
-    if FAST:  # one instruction, relative error 2^-11
+    """tanh, by one instruction where its relative error of 2^-11 is less than the inputs' own."""
+    if FAST:
         y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         size = tl.abs(x)
