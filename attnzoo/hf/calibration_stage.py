@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnzoo.conversion import ConversionError
 from attnzoo.conversion.families.code import Code
+from attnzoo.hf.calibration_experts import fuse, fused_experts, in_module
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments behind the hidden states
 
@@ -43,8 +44,7 @@ class Stage:
         self.model = _empty_model(dict(config), code)
         self.layers_path, _, self.attention = attention.partition(".{layer}.")
         self.layers: nn.ModuleList = self.model.get_submodule(self.layers_path)  # type: ignore[assignment]
-        self._weights = weights
-        self._names = {_in_model(name, self.model): name for name in weights}
+        self._read = _readers(weights, self.model)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._as_tuple = False
 
@@ -73,7 +73,7 @@ class Stage:
         """
         layer, path = self.layers[number], f"{self.layers_path}.{number}."
         read: dict[str, Callable[[], Tensor]] = {
-            name: _getter(self._weights, stored) for name, stored in self._names.items() if name.startswith(path)
+            name: read for name, read in self._read.items() if name.startswith(path)
         }
         read |= {_in_model(name, self.model): _getter(new, name) for name in new} if new else {}
         try:
@@ -150,8 +150,8 @@ class Stage:
     def _outside(self, skip: set[str]) -> Iterator[None]:
         """Whatever is not in a layer gets its weights, but for `skip`."""
         read = {
-            name: _getter(self._weights, stored)
-            for name, stored in self._names.items()
+            name: read
+            for name, read in self._read.items()
             if not name.startswith(self.layers_path + ".") and name not in skip
         }
         try:
@@ -213,6 +213,14 @@ def _in_model(name: str, model: PreTrainedModel) -> str:
 def _names_of(model: nn.Module, module: nn.Module) -> set[str]:
     path = next(name for name, one in model.named_modules() if one is module)
     return {f"{path}.{name}" for name, _ in module.named_parameters()}
+
+
+def _readers(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """Name in the model -> what reads it."""
+    readers = {_in_model(in_module(name), model): _getter(weights, name) for name in weights}
+    for name, parts in fused_experts(list(weights)).items():
+        readers[_in_model(name, model)] = lambda parts=parts: fuse([[weights[one] for one in part] for part in parts])  # type: ignore[misc]
+    return readers
 
 
 def _getter(weights: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:

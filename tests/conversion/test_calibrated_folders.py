@@ -27,7 +27,7 @@ def saved(folder: Path, model_type: str = "llama", shard: str = "20KB", **change
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "phi3", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "phi3", "opt", "mixtral"])
 @pytest.mark.parametrize("method", ["svd", "refit"])
 def test_a_folder_becomes_what_its_model_becomes(model_type, method, tmp_path):
     source = saved(tmp_path / "source", model_type)
