@@ -36,15 +36,22 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="what was measured")
     options = parser.parse_args()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
-    rows = [limits()]
+    rows = []
+    for row in measurements():
+        rows.append(row)
+        print(" ".join(f"{name}={shown(value)}" for name, value in row.items()), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(versions | {"commit": options.commit, "rows": rows}, indent=1) + "\n")
+
+
+def measurements() -> Iterator[dict[str, Any]]:
+    """Every row."""
+    limit = limits()
+    yield limit
+    yield from steps(limit["gb_s"])
     for shape in SHAPES:
-        rows += list(chunks(*shape, copy=rows[0]["gb_s"]))
-    rows += list(softmax())
-    rows += list(steps(copy=rows[0]["gb_s"]))
-    if options.out:
-        options.out.write_text(json.dumps(versions | {"commit": options.commit, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(" ".join(f"{name}={shown(value)}" for name, value in row.items()))
+        yield from chunks(*shape, copy=limit["gb_s"])
+    yield from softmax()
 
 
 def shown(value: Any) -> str:

@@ -154,7 +154,7 @@ def test_compiles_without_a_graph_break(options: dict[str, list[int]]) -> None:
         ({"feature_map": "favor"}, "feature_map must be one of"),
         ({"scale": math.inf}, "scale must be finite"),
         ({"key_lengths": torch.tensor([7, 1])}, r"key_lengths must be in \[0, 6\]"),
-        ({"backend": "chunked"}, "backend must be 'auto', 'blocked' or 'reference', got 'chunked'"),
+        ({"backend": "chunked"}, "backend must be 'auto', 'triton', 'blocked' or 'reference', got 'chunked'"),
     ],
 )
 def test_bad_input_is_refused_by_name(change: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.ops.linear.api import linear_attention
 from attnzoo.ops.linear.checks import check_boundaries, check_dtypes, check_map, check_tensors
 from attnzoo.ops.linear.common import apply_map, inverse_or_zero
+from attnzoo.ops.linear.triton.hybrid import hybrid_attention_triton, hybrid_reasons
 from attnzoo.ops.softmax.common import accumulation_dtype
 
 _LEAST_BLOCK = 32  # queries that are looked at together, unless the window is wider
@@ -53,7 +54,7 @@ def hybrid_attention(
         scale: of the near scores; D ** -0.5 unless given.
         key_lengths: `[B]`; tokens from there on are padding, which give 0.
         cu_seqlens: boundaries `[N + 1]` of packed documents, with B == 1. Rows past the last give 0.
-        backend: "auto", "blocked" (plain PyTorch) or "reference" (S x S).
+        backend: "auto", "triton" (fused kernels; heads up to 128), "blocked" (plain PyTorch) or "reference" (S x S).
 
     Returns:
         `[B, Hq, S, Dv]` in the values' dtype.
@@ -61,8 +62,8 @@ def hybrid_attention(
     Raises:
         ValueError: for shapes, dtypes or options that do not fit, naming the argument.
     """
-    if backend not in ("auto", "blocked", "reference"):
-        raise ValueError(f"backend must be 'auto', 'blocked' or 'reference', got {backend!r}")
+    if backend not in ("auto", "triton", "blocked", "reference"):
+        raise ValueError(f"backend must be 'auto', 'triton', 'blocked' or 'reference', got {backend!r}")
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be an integer of at least 1, got {window!r}")
     if near_weight is not None and near_weight.shape != q.shape[1:2]:
@@ -77,6 +78,16 @@ def hybrid_attention(
     check_tensors(*features, v)
     check_dtypes(*features, v)
     with torch.autocast(q.device.type, enabled=False):
+        if backend == "triton":
+            why = hybrid_reasons(q, features[0], v)
+            if why:
+                raise ValueError(f"no backend can run this call\ntriton: {'; '.join(why)}")
+            gain = q.new_ones(q.shape[1], dtype=torch.float32) if near_weight is None else near_weight
+            factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+            late = min(window, q.shape[2])
+            return hybrid_attention_triton(
+                q, k, v, *features, gain, key_lengths, cu_seqlens, late, feature_map, factor
+            )[0]
         return _run(q, k, v, features, window, feature_map, near_weight, scale, key_lengths, cu_seqlens, backend)
 
 

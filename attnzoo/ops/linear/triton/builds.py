@@ -11,8 +11,9 @@ from attnzoo.ops.linear.triton.launch import constants, state_constants
 from attnzoo.ops.linear.triton.shapes import configure
 
 _STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "total", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
-_INTEGERS = ("lengths", "cu_seqlens", "table", "firsts")
-_INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+_FLOATS = ("top", "row_sums", "gain", "log_decay")
+_INTEGERS = ("lengths", "cu_seqlens", "table", "firsts", "arg")
+_INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "f_q", "f_k", "d_fq", "d_fk")
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _PACKED = ("lengths",)
 _ROWS = ("lengths", "cu_seqlens", "table", "log_decay", "s0", "z0", "d_s1", "d_z1", "d_s0", "d_z0")
@@ -25,6 +26,17 @@ def builds() -> Builds:
     yield from _walks(128, bf16, "identity", False, absent=(*_ROWS, "z_sums"))
     for dim, dtype in ((256, bf16), (128, torch.float16), (96, torch.float32)):
         yield from list(_walks(dim, dtype, "elu", True, absent=_PACKED))[1::2]
+    from attnzoo.ops.linear.triton import kernels_hybrid, kernels_hybrid_backward
+    from attnzoo.ops.linear.triton.hybrid import kernel_constants
+
+    config = configure(64, 64, bf16, bf16)
+    options = kernel_constants(config, 64, "elu", 1) | {"NORMALIZE": True}
+    for kernel in (
+        kernels_hybrid.hybrid_attend,
+        kernels_hybrid_backward.hybrid_grad_queries,
+        kernels_hybrid_backward.hybrid_grad_keys,
+    ):
+        yield _build(kernel, options, bf16, ("lengths", "cu_seqlens", "table"))
     config = configure(128, 128, bf16, bf16)
     from attnzoo.ops.linear.triton.kernels_forward import join_parts
     from attnzoo.ops.linear.triton.kernels_step import step_state
@@ -62,7 +74,7 @@ def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tup
             signature[name], fixed[name] = "constexpr", options.get(name)
         elif name in _INPUTS:
             signature[name] = _TYPES[dtype]
-        elif name in _STATES or name == "log_decay":
+        elif name in _STATES or name in _FLOATS:
             signature[name] = "*fp32"
         elif name in _INTEGERS:
             signature[name] = "*i32"

@@ -12,7 +12,7 @@ the forward.
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_forward import state_before, sum_rows
+from attnzoo.ops.linear.triton.kernels_forward import state_before
 from attnzoo.ops.linear.triton.tiles import (
     decay_since,
     decay_until,
@@ -244,7 +244,7 @@ def grad_queries(
                 s, z = s * fade, z * fade
             s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
             if NORMALIZE:
-                z += sum_rows(keys, first, begin, end, MAP, CHUNK)
+                z += tl.sum(keys, 0)
         d_features = d_features * inverse[:, None]
         if MAP != "identity":
             queries = load_features(q, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP)

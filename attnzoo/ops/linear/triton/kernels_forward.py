@@ -85,18 +85,9 @@ def sum_parts(
             s, z = s * fade, z * fade
         s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
         if NORMALIZE:
-            z += sum_rows(keys, first - lag, begin, end, MAP, CHUNK)
+            z += tl.sum(keys, 0)
     index = tl.program_id(0) * tl.num_programs(1) + head
     store_state(sums, z_sums, index, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
-
-
-@triton.jit
-def sum_rows(x, first, low, high, MAP: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of the features in the rows [low, high) of a chunk."""
-    if MAP == "elu":  # map(0) is 1
-        if (first < low) | (first + CHUNK > high):
-            x = tl.where(row_mask(first, low, high, CHUNK)[:, None], x, 0.0)
-    return tl.sum(x, 0)
 
 
 @triton.jit
@@ -231,7 +222,7 @@ def attend(
                 s, z = s * fade, z * fade
             s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
             if NORMALIZE:
-                z += sum_rows(keys, first, begin, end, MAP, CHUNK)
+                z += tl.sum(keys, 0)
         real_rows = row_mask(first, begin, end, CHUNK)
         if NORMALIZE:
             weight = tl.where(real_rows, weight, 0.0)

@@ -94,7 +94,7 @@ def configure(dim: int, v_dim: int, features: torch.dtype, values: torch.dtype) 
 def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     """Tiles of bf16, of every kernel, and how many programs a multiprocessor should have."""
     if widest <= 128:
-        return (Tiles(64, 64, 4, 2),) * 6, 2
+        return (Tiles(64, 64, 4, 3 if widest <= 64 else 2),) * 6, 4 if widest <= 64 else 2
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 

@@ -96,11 +96,17 @@ def load_features(
     EVEN: tl.constexpr,
     MAP: tl.constexpr,
 ):
-    """As `load_tile`, mapped, in fp32. Columns beyond the width are 0; rows outside are map(0)."""
+    """As `load_tile`, mapped, in fp32.
+
+    The mask is needed for map(0) = 1, and it keeps the compiler from mapping anew in the layout of every product.
+    """
     x = load_tile(base, stride, first, low, high, width, ROWS, BLOCK, EVEN).to(tl.float32)
     x = apply_map(x, MAP)
-    if MAP == "elu" and not EVEN:
-        x = tl.where((tl.arange(0, BLOCK) < width)[None, :], x, 0.0)
+    if MAP != "identity":
+        mask = row_mask(first, low, high, ROWS)[:, None]
+        if not EVEN:
+            mask = mask & (tl.arange(0, BLOCK) < width)[None, :]
+        x = tl.where(mask, x, 0.0)
     return x
 
 

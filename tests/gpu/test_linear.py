@@ -1,0 +1,100 @@
+"""Linear attention on a GPU: kernels against the fp64 reference at real sizes, where auto runs, and CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo import ops
+from attnzoo.ops.linear import State
+from tests.support.compare import assert_as_accurate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def draw(heads, k_heads, length, dim, v_dim, *, batch=1, dtype=torch.bfloat16) -> list[Tensor]:
+    shapes = ((heads, length, dim), (k_heads, length, dim), (k_heads, length, v_dim))
+    return [torch.randn(batch, *s, device="cuda", dtype=dtype).requires_grad_() for s in shapes]
+
+
+def plain(q, k, v) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 1031, 64, 64), (4, 2, 2048, 128, 128), (2, 1, 333, 32, 96), (1, 1, 300, 256, 256)]
+)
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_error_is_at_most_twice_that_of_plain_pytorch(shape, dtype, shift) -> None:
+    inputs = [(t.detach() + shift).requires_grad_() for t in draw(*shape, dtype=dtype)]
+    own = [t.detach().clone().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    got, simple, truth = ops.linear_attention(*inputs), plain(*own), plain(*exact)
+    assert_as_accurate("out", got, simple, truth)
+    upstream = torch.randn_like(truth)
+    grads = [torch.autograd.grad(o, i, upstream.to(o.dtype)) for o, i in ((got, inputs), (simple, own), (truth, exact))]
+    for name, *one in zip(("dq", "dk", "dv"), *grads, strict=True):
+        assert_as_accurate(name, *one)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_error_holds_at_16k_tokens(dim) -> None:
+    inputs = draw(1, 1, 16384, dim, dim)
+    own = [t.detach().clone().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    got, simple = ops.linear_attention(*inputs), plain(*own)
+    truth = ops.linear_attention(*exact, backend="chunked")
+    assert_as_accurate("out", got, simple, truth)
+    upstream = torch.randn_like(truth)
+    grads = [torch.autograd.grad(o, i, upstream.to(o.dtype)) for o, i in ((got, inputs), (simple, own), (truth, exact))]
+    for name, *one in zip(("dq", "dk", "dv"), *grads, strict=True):
+        assert_as_accurate(name, *one)
+
+
+def test_auto_takes_the_kernels_and_steps() -> None:
+    q, k, v = (t.detach() for t in draw(2, 2, 8, 64, 64))
+    assert ops.explain_linear(q, k, v).splitlines()[0] == "triton: runs"
+    state = State(torch.rand(1, 2, 64, 64, device="cuda"), torch.rand(1, 2, 64, device="cuda") + 1)
+    held = State(*(t.clone() for t in state))
+    want = ops.linear_step(q, k, v, held, backend="recurrent")
+    torch.testing.assert_close(ops.linear_step(q, k, v, state), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(state.s, held.s)
+
+
+def test_forward_and_step_run_in_a_cuda_graph() -> None:
+    q, k, v = (t.detach() for t in draw(2, 2, 16, 64, 64))
+    state = State(torch.zeros(1, 2, 64, 64, device="cuda"), torch.zeros(1, 2, 64, device="cuda"))
+
+    def both() -> tuple[Tensor, Tensor]:
+        return ops.linear_attention(q, k, v), ops.linear_step(q, k, v, state)
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stepped = both()
+    for t in state:
+        t.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, stepped, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_the_hybrid_s_kernels_are_as_accurate_as_its_reference(dim) -> None:
+    inputs = draw(4, 2, 700, dim, dim)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    got = ops.hybrid_attention(*inputs, window=64, backend="triton")
+    truth = ops.hybrid_attention(*exact, window=64, backend="reference")
+    upstream = torch.randn_like(truth)
+    grads = [torch.autograd.grad(o, i, upstream.to(o.dtype)) for o, i in ((got, inputs), (truth, exact))]
+    for name, mine, want in zip(("out", "dq", "dk", "dv"), (got, *grads[0]), (truth, *grads[1]), strict=True):
+        assert (mine.double() - want).norm() <= 0.02 * want.norm(), name
