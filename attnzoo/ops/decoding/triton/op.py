@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.decoding.triton.launch import Launcher
-from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for, tiles_for
+from attnzoo.ops.decoding.triton.plan import fitted, next_power_of_two, shared_memory, splits_for, tiles_for
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
 
@@ -57,6 +57,7 @@ def decode(
     rows = heads // k_heads * q_len
     page = 0 if table is None else size
     tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, page)
+    tiles = fitted(tiles, dim * q.element_size(), (dim + v_dim) * k[0].element_size(), shared_memory(q.device.index))
     m_tiles = -(-rows // tiles.block_m)
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident

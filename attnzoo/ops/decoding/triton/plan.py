@@ -1,9 +1,13 @@
-"""How a call is cut into programs: tile sizes from the shape, the number of splits from the machine. No Triton here."""
+"""How a call is cut into programs: tile sizes from the shape, the number of splits from the machine."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import NamedTuple
+
+import torch
+
+from attnzoo.ops.launching import capability, interpreted
 
 MOST_SPLITS = 128
 
@@ -22,6 +26,39 @@ class Tiles(NamedTuple):
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def fitted(tiles: Tiles, query_bytes: int, key_bytes: int, limit: int) -> Tiles:
+    """The tiles with fewer stages, then fewer keys, until they fit into `limit` bytes of shared memory.
+
+    Args:
+        tiles: what is best where there is room (an H200 has 227 KiB a program).
+        query_bytes: of a query's vectors.
+        key_bytes: of a key with its value.
+        limit: bytes.
+    """
+
+    def taken(tiles: Tiles) -> int:
+        buffers = tiles.num_stages - 1 + (tiles.block_m >= 64)  # warpgroup products read theirs a little longer
+        return tiles.block_m * query_bytes + max(buffers, 1) * tiles.block_n * key_bytes + 4096
+
+    while taken(tiles) > limit and tiles.num_stages > 1:
+        tiles = tiles._replace(num_stages=tiles.num_stages - 1)
+    while taken(tiles) > limit and tiles.block_n > 16:
+        tiles = tiles._replace(block_n=tiles.block_n // 2)
+    return tiles
+
+
+@lru_cache(maxsize=64)
+def shared_memory(index: int | None) -> int:
+    """Bytes of shared memory that a program may take on a CUDA device."""
+    if interpreted():
+        return 227 * 1024
+    from triton.runtime import driver
+
+    most = driver.active.utils.get_device_properties(torch.cuda.current_device() if index is None else index)
+    # Blackwell's products take room of their own: 64 KiB more than on Hopper for the largest kernel here.
+    return most["max_shared_mem"] - (64 * 1024 if capability(index) >= (10, 0) else 0)
 
 
 @lru_cache(maxsize=256)

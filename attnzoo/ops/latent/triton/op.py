@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.ops.decoding.triton.launch import Launcher
 from attnzoo.ops.decoding.triton.op import merge, parts_for, starts_early, three
-from attnzoo.ops.decoding.triton.plan import next_power_of_two, splits_for
+from attnzoo.ops.decoding.triton.plan import fitted, next_power_of_two, shared_memory, splits_for
 from attnzoo.ops.latent.triton.plan import tiles_for
 from attnzoo.ops.launching import num_multiprocessors
 
@@ -55,6 +55,8 @@ def latent_decode(
         return out
     rows = heads * q_len
     tiles = tiles_for(rows, rank, q.element_size(), len(latent) > 1)
+    width = rank + rope  # codes are converted into memory of their own
+    tiles = fitted(tiles, width * q.element_size(), width * q.element_size(), shared_memory(q.device.index))
     m_tiles = -(-rows // tiles.block_m)
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident
