@@ -1,6 +1,7 @@
 """Softmax near, linear far, one normaliser, backward: queries' gradients forward, keys' and values' walking back.
 
-With out_i = r_i / t_i the weight of key j has the gradient u_ij = (do_i . v_j - do_i . out_i) / t_i, near and far. A near weight g e^(s_ij - c_i) passes g e^(s_ij - c_i) u_ij on to s_ij, and takes the sum of these back from the score
+With out_i = r_i / t_i the weight of key j has the gradient u_ij = (do_i . v_j - do_i . out_i) / t_i, near and far. A
+near weight g e^(s_ij - c_i) passes g e^(s_ij - c_i) u_ij on to s_ij, and takes the sum of these back from the score
 that is the largest, c_i (of equal ones from the first). `row_sums` holds that sum without g: summed over the tokens it
 is g's gradient.
 """
