@@ -10,6 +10,9 @@ from attnzoo.hf.auto import register
 from attnzoo.hf.convert import convert
 from attnzoo.hf.every import every
 from attnzoo.hf.export import export
+from attnzoo.hf.generation import generate
+from attnzoo.hf.generation_build import cache_for
+from attnzoo.hf.generation_graph import graphed
 from attnzoo.hf.masks import attnzoo_mask
 from attnzoo.hf.swap import swap
 
@@ -18,4 +21,14 @@ AttentionInterface.register("attnzoo", attnzoo_attention)
 AttentionMaskInterface.register("attnzoo", attnzoo_mask)
 register()
 
-__all__ = ["attnzoo_attention", "attnzoo_mask", "convert", "every", "export", "swap"]
+__all__ = [
+    "attnzoo_attention",
+    "attnzoo_mask",
+    "cache_for",
+    "convert",
+    "every",
+    "export",
+    "generate",
+    "graphed",
+    "swap",
+]

@@ -6,7 +6,7 @@ Keys are never repeated for grouped queries, and no S x S mask is made where `at
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers.utils.import_utils import is_tracing
 
 from attnzoo import ops
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+
+if TYPE_CHECKING:
+    from attnzoo.hf.generation_cache import HeldLayer
 
 logger = logging.get_logger(__name__)
 
@@ -128,6 +131,12 @@ def masked_attention(
     Returns:
         `[B, Hq, S_q, Dv]`.
     """
+    held = layer_of(key)
+    if held is not None:
+        if cu_seqlens_q is not None or options.get("dropout_p"):
+            raise ValueError("a cache of attnzoo.hf.cache_for takes neither cu_seq_lens_q nor dropout in training")
+        options.pop("dropout_p", None)
+        return held.attend(query, key, value, attention_mask, pattern, **options)
     numbered = attention_mask is not None and not (
         attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
     )
@@ -154,6 +163,11 @@ def masked_attention(
     if not bool(documents.any()):
         return ops.attention(query, key, value, mask=pattern, **options)
     return _packed(query, key, value, boundaries(documents), None, mask=pattern, **options)
+
+
+def layer_of(key: Tensor) -> HeldLayer | None:
+    """The layer of an `attnzoo.hf.cache_for` cache that these keys have yet to be stored in, if there is one."""
+    return None if torch.compiler.is_compiling() else getattr(key, "attnzoo_layer", None)
 
 
 def _pattern(is_causal: bool, window: int | None, attention_mask: Tensor | None, keys: int) -> Mask:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from attnzoo import ops
 from attnzoo.conversion.families import Family, Geometry, Projections
 from attnzoo.conversion.latent import RopePart
-from attnzoo.hf.attention import masked_attention, refuse_unsupported
+from attnzoo.hf.attention import layer_of, masked_attention, refuse_unsupported
 from attnzoo.hf.latent_weights import factored
 from attnzoo.hf.layers import narrowed, offsets
 from attnzoo.hf.weights import check_implementation, dropout_of, own_cache, scale_of, softcap_of, take_place
@@ -19,6 +20,7 @@ from attnzoo.layers import MultiHeadLatentAttention
 from attnzoo.layers.latent_inputs import absorbed_costs_less
 from attnzoo.layers.rope import apply_rotary
 from attnzoo.masks import Mask
+from attnzoo.ops.decoding import KeyValues
 from attnzoo.specs import MLA
 
 
@@ -106,6 +108,11 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
             latent, rope_key = cache.update(latent, rope_key, self.layer_idx)
         keys = latent.shape[2]
         assert self.mask is not None
+        if (held := layer_of(latent)) is not None:
+            q = torch.cat([q_nope, q_rope], dim=-1)
+            out = held.run(q, latent, rope_key, attention_mask, self.mask, self._fresh, self._over)
+            out = self.merge(out)
+            return (out if self.resid_dropout is None else self.resid_dropout(out)), None
         if self.narrower:
             attention_mask = narrowed(attention_mask, self.mask, first_query, first_key, new, keys)
         sizes = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
@@ -129,6 +136,19 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         )
         out = self.merge(self.unabsorb(out[..., : self.kv_lora_rank]) if absorbed else out)
         return (out if self.resid_dropout is None else self.resid_dropout(out)), None
+
+    def _fresh(self, q: Tensor, latent: Tensor, rope_key: Tensor, lengths: Tensor | None) -> Tensor:
+        """Attention of a prompt within itself, `[B, H, S, v_head_dim]`; `lengths` of its tokens are real."""
+        k, v = self.expand(latent, rope_key)
+        return ops.attention(q, k, v, mask=self.mask, scale=self.scale, softcap=self.softcap, key_lengths=lengths)
+
+    def _over(self, q: Tensor, held: KeyValues, starts: int | Tensor | None) -> Tensor:
+        """Attention over a cache of latents, where they stand."""
+        if self.softcap is not None:
+            raise ValueError("latent attention with a softcap has no kernel over a cache of attnzoo.hf.cache_for")
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_latent = self.absorb(q_nope)
+        return self.unabsorb(ops.latent_decode(q_latent, q_rope, held, scale=self.scale, mask=self.mask, starts=starts))
 
 
 def _gain(norm: nn.Module | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from attnzoo.conversion.families import Family, Geometry, Projections
-from attnzoo.hf.attention import masked_attention, refuse_unsupported
+from attnzoo.hf.attention import layer_of, masked_attention, refuse_unsupported
 from attnzoo.hf.weights import (
     WEIGHTS,
     check_implementation,
@@ -112,7 +112,7 @@ class SwappedAttention(GroupedQueryAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         assert self.mask is not None
-        if self.narrower:
+        if self.narrower and layer_of(k) is None:
             attention_mask = narrowed(attention_mask, self.mask, first_query, first_key, q.shape[2], k.shape[2])
         out = masked_attention(
             q,

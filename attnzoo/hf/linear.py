@@ -16,6 +16,7 @@ from attnzoo.hf.weights import check_implementation, own_cache, own_projections,
 from attnzoo.layers import LinearAttention
 from attnzoo.layers.inputs import zero_padding
 from attnzoo.layers.rope import apply_rotary
+from attnzoo.ops import linear_step
 from attnzoo.specs import Linear
 
 
@@ -98,13 +99,11 @@ class SwappedLinearAttention(LinearAttention):
         cache = own_cache(past_key_values, layer_past)
         held = None if cache is None or not self.causal else recurrent_layer(cache, self.layer_idx)
         seen = 0 if held is None else held.seen
-        rows = read_rows(
-            attention_mask,
-            (hidden_states.shape[0], hidden_states.shape[1]),
-            seen,
-            causal=self.causal,
-            cu_seqlens=cu_seq_lens_q,
-        )
+        shape = hidden_states.shape[0], hidden_states.shape[1]
+        if held is not None and held.new_lengths is not None and attention_mask is None:
+            rows = Rows(shape, lengths=held.new_lengths)
+        else:
+            rows = read_rows(attention_mask, shape, seen, causal=self.causal, cu_seqlens=cu_seq_lens_q)
         x = zero_padding(rows.lay(hidden_states), rows.lengths, rows.cu_seqlens)
         q = self.project_q(x)
         k, v = self.project_kv(x)
@@ -137,6 +136,10 @@ class SwappedLinearAttention(LinearAttention):
             )  # with gradients, which a cache does not pass on
         held.record(f_k, v, rows.lengths, near_keys)
         state = self._checked(held.state, q.shape[0], False)
+        if held.in_place:
+            return linear_step(
+                f_q, f_k, v, state.state, feature_map=state.feature_map, log_decay=state.log_decay, scale=self._scale()
+            )
         out = self.decode(q, k, v, f_q, f_k, state, rows.lengths)
         held.append(f_k, v, rows.lengths, near_keys, done=True)
         return out

@@ -43,6 +43,8 @@ class RecurrentLayer(CacheLayerMixin):
         self._size = replaced.max_cache_len if isinstance(replaced, StaticLayer) else None
         self.state: RecurrentStateCache | None = None
         self.seen = 0
+        self.new_lengths: Tensor | None = None  # of right-padded tokens that come without a mask
+        self.in_place = False  # steps change the state alone, and are counted afterwards (see `leave`)
         self.record_past = bool(getattr(replaced, "record_past", False))
         self._record: _Record | None = None
         self._closed = False
@@ -64,6 +66,17 @@ class RecurrentLayer(CacheLayerMixin):
             before = copy.deepcopy(self.state)
             parts = [None if t is None else t.detach() for t in (features, values, keys)]
             self._record = _Record(before, parts[0], parts[1], parts[2], lengths)  # type: ignore[arg-type]
+
+    def enter(self) -> None:
+        """From here on steps of one token a row change the state in place and count nothing: they can be captured."""
+        self.in_place = True
+
+    def leave(self, steps: int) -> None:
+        """Count `steps` such tokens."""
+        assert self.state is not None
+        self.in_place = False
+        self.state.advance(steps, None)
+        self.seen += steps
 
     def close(self) -> None:
         """After packed documents: there is no one state to go on from."""
