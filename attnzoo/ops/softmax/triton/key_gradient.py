@@ -267,6 +267,8 @@ def key_gradient_kernel(
                             dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
                         acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
                         ds = weight * (dp - row_delta[None, :])
+                        if not copied(WALK, ENDS):
+                            ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may be NaN, and so its dp
                         ds = ds.to(q0.dtype)
                         acc_k0 = tl.dot(ds, q0, acc_k0, input_precision=PRECISION)
                         if BLOCK_E > 0:

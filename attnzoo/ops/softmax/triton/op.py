@@ -163,7 +163,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-        return _backward(ctx, d_out, d_lse, _differentiate)
+        # Many losses at once (`is_grads_batched`) come as one tensor under vmap, which the operator knows how to run.
+        plain = _is_plain(d_lse if d_out is None else d_out)
+        return _backward(ctx, d_out, d_lse, _differentiate if plain else fused_attention_backward)
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)

@@ -272,9 +272,11 @@ def query_gradient_kernel(
                     if seed is not None:
                         keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                         dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
-                    if softcap is not None:
-                        p *= 1.0 - bent * bent
                     ds = p * (dp - row_delta[:, None])
+                    if softcap is not None:
+                        ds *= 1.0 - bent * bent
+                        if not copied(WALK, ENDS):
+                            ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may be NaN, and so is bent
                     ds = ds.to(k0.dtype)
                     acc0 = tl.dot(ds, k0, acc0, input_precision=PRECISION)
                     if BLOCK_E > 0:
