@@ -25,7 +25,7 @@ class LayerData(ABC):
 
     number: of the layer; moments: of the attention's inputs `[tokens, dim]`; attended: the same, each token counted by
     the attention that it receives (evenly, where a class does not let that be seen), for that is how much its key and
-    value matter; batches: how many there are; device: where the batches lie.
+    value matter; batches: how many there are; device, dtype: where and in what the layer computes.
     """
 
     number: int
@@ -33,6 +33,7 @@ class LayerData(ABC):
     attended: Moments
     batches: int
     device: torch.device
+    dtype: torch.dtype
 
     @abstractmethod
     def inputs(self, batch: int) -> Tensor:

@@ -70,12 +70,13 @@ class MergeHeads(LayerMethod):
 
     def __call__(self, number: int, tensors: Mapping[str, Tensor], data: LayerData | None) -> dict[str, Tensor]:
         plan, layer = self._plan, self._plan.layers[number]
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         p = plan.family.split({name: tensors[name] for name in layer.weights}, plan.geometry)
         heads = plan.target.num_kv_heads
         if heads == plan.geometry.num_kv_heads:
             return plan.house(layer, p, tensors)
         if self._grouping == "similarity":
-            p = group_alike(_on_cpu(p), heads, need(data, "similarity").attended.second(DAMPING))
+            p = group_alike(p, heads, need(data, "similarity").attended.second(DAMPING))
         if self.name in METHODS:
             return plan.house(layer, merge_heads(p, heads, self.name, self._seed, layer=number), tensors)
         new = self._closed_form(number, p, need(data, self.name))
@@ -87,10 +88,10 @@ class MergeHeads(LayerMethod):
         family, heads = self._plan.family, self._plan.target.num_kv_heads
         inputs = Inputs(data.attended.second(DAMPING), data.moments.second(DAMPING))
         rotary = family.rotary(self._config, number)
-        seen = _on_cpu(p)
+        seen = p
         if p.q_norm is not None and p.k_norm is not None:
             offset = family.norm_offset
-            seen = replace(seen, q_norm=p.q_norm.cpu() + offset, k_norm=p.k_norm.cpu() + offset)
+            seen = replace(seen, q_norm=p.q_norm + offset, k_norm=p.k_norm + offset)
         fit = aligned if self.name == "aligned" else svd
         new = fit(seen, heads, rotary, inputs, centred=family.centred_norm)
         if p.q_norm is not None and p.k_norm is not None:
@@ -122,7 +123,3 @@ def _output_of(named: Named, p: Projections) -> str:
 
 def _present(p: Projections) -> list[Field[Any]]:
     return [field for field in fields(p) if getattr(p, field.name) is not None]
-
-
-def _on_cpu(p: Projections) -> Projections:
-    return replace(p, **{field.name: getattr(p, field.name).cpu() for field in _present(p)})

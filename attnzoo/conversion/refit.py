@@ -25,7 +25,7 @@ def refit(p: Projections, data: LayerData, named: Named, output: str) -> Project
         named: how the new module names tensors.
         output: the path of its output projection.
     """
-    tensors = named(p)
+    tensors = {name: tensor.to(data.dtype) for name, tensor in named(p).items()}
     products = targets = torch.zeros((), dtype=torch.float64)
     count = 0
     for batch in range(data.batches):

@@ -150,7 +150,8 @@ class _Data(LayerData):
     def __init__(
         self, number: int, new: Stage, walk: Walk, method: LayerMethod | None, storage: torch.dtype, spill: Path | None
     ) -> None:
-        self.number, self.batches, self.device = number, walk.calibrating, new.device
+        self.number, self.batches = number, walk.calibrating
+        self.device, self.dtype = new.device, new.dtype
         self.moments, self.attended = (Moments(walk.new[0].shape[-1]) for _ in range(2))
         self._new, self._walk, self._wanted = new, walk, method.target if method else None
         self._gathers = method is not None

@@ -52,8 +52,7 @@ def convert_on_text(
         raise ConversionError(f"text runs through causal language models only, not {plan.family.model_type}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stored = weights[next(iter(plan.layers[0].weights.values()))].dtype
-    # On a CPU, half precision saves no time that is worth its error.
-    dtype = stored if device.type == "cuda" else torch.promote_types(stored, torch.float32)
+    dtype = computing(stored, device)
     original, new = (
         Stage(
             one,
@@ -111,6 +110,11 @@ def key_of(
     if calibration is not None:
         digest.update(str(tuple(calibration.shape)).encode() + calibration.numpy().tobytes())
     return digest.hexdigest()
+
+
+def computing(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What layers compute in: on a CPU, half precision saves no time that is worth its error."""
+    return stored if device.type == "cuda" else torch.promote_types(stored, torch.float32)
 
 
 def _check_ids(text: Tensor, config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from attnzoo import GQA
 from attnzoo.conversion import ConversionError
 from attnzoo.conversion.damage import Damage
 from attnzoo.conversion.families import Projections, family_for
-from attnzoo.hf import convert
+from attnzoo.hf import calibration_convert, convert
 from tests.conversion.models import logits, tiny
 
 CLOSED = ["svd", "aligned"]
@@ -190,6 +190,17 @@ def test_auto_is_svd_with_text_and_mean_without():
 def test_what_a_method_lacks_is_named(changes, message):
     with pytest.raises(ConversionError, match=message):
         convert(tiny("llama"), GQA(2), **changes)
+
+
+@pytest.mark.parametrize("method", ["svd", "refit", "regress"])
+def test_layers_may_compute_in_half_precision_as_they_do_on_a_gpu(method, monkeypatch):
+    monkeypatch.setattr(calibration_convert, "computing", lambda stored, device: torch.bfloat16)
+    model, found = tiny("qwen2", dtype=torch.bfloat16), []
+    new = convert(model, GQA(1), method=method, calibration=ids(32), steps=20, report=found.append)
+    monkeypatch.undo()
+    exact = convert(tiny("qwen2"), GQA(1), method="mean", held_out=ids(32), report=found.append)
+    assert new.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    assert found[0].layers[0].attention_error < found[1].layers[0].attention_error
 
 
 def test_the_model_that_was_converted_stays_as_it_was():
