@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import attnzoo
 from attnzoo.conversion.damage import Damage
-from attnzoo.specs import MLA, Spec, spec_from_dict
+from attnzoo.conversion.hybrid import KVBudget, Layers
+from attnzoo.specs import MLA, Linear, Spec, spec_from_dict
 from recipes.models import model_path
 from recipes.samples import resolve_sample
 
@@ -86,12 +87,20 @@ def convert_folder(
         source,
         spec,
         out=out,
+        layers=read_layers(convert["layers"]),
         calibration=calibration,
         held_out=read_texts(held_out),
         overwrite=overwrite,
         report=report,
         **options,
     )
+
+
+def read_layers(layers: int | Sequence[int] | Mapping[str, Any] | None) -> Layers | None:
+    """What a config says of the layers to change: a number, a list, or the fields of a `KVBudget`."""
+    if isinstance(layers, Mapping):
+        return KVBudget(**layers)
+    return layers if layers is None or isinstance(layers, int) else list(layers)
 
 
 def read_texts(paths: str | Sequence[str] | None) -> list[str] | None:
@@ -116,6 +125,8 @@ def changes_attention(source: Path, spec: Spec) -> bool:
             "attention=mla becomes a deepseek_v3 folder, whose scaled-down latents are for use and not for training. "
             "In Python, train the model that attnzoo.convert(model, MLA(...)) gives, and write it with as_deepseek"
         )
+    if isinstance(spec, Linear):
+        return True
     if spec.num_kv_heads is None and spec.mask is None:
         return False
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """What windows and linear attention cost a real model untrained, beside mean-pooled KV heads of as many bytes.
 
-    python scripts/mechanism_damage.py [--only NAME ...] [--calibration FILE_OR_FOLDER ...] [--write]
+    python scripts/mechanism_damage.py [--only NAME ...] [--calibration FILE_OR_FOLDER ...] [--write [FILE]]
 
 SmolLM2-135M-Instruct. Layers are chosen by the damage of each alone on calibration text, from Python's standard library
 and what is named; the result is evaluated on Shakespeare's plays: text of another source than any that the conversion
@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--evaluated", type=int, default=2, help="rows of held-out text")
     parser.add_argument("--evaluated-length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--ranked", type=int, default=2048, help="tokens on which each layer alone is measured")
+    parser.add_argument("--write", type=Path, nargs="?", const=OUT)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "save_pretrained")
 
@@ -110,8 +111,8 @@ def main() -> None:
         ).stdout.strip(),
     }
     known: dict[str, Any] = {"about": about, "alone": {}, "cases": {}}
-    if options.write and OUT.exists():
-        known = json.loads(OUT.read_text())
+    if options.write and options.write.exists():
+        known = json.loads(options.write.read_text())
     truth = predicted(model, held_out)
     for name, (spec, count) in CASES.items():
         if options.only and not any(part in name for part in options.only):
@@ -122,13 +123,15 @@ def main() -> None:
             made, chosen = pooled(model, count), []
         elif spec is not None:
             kind = name.partition(",")[0] if isinstance(spec, GQA) else "linear"
-            made, chosen = hybrid(model, spec, count, kind, name, calibration, known["alone"], options.steps)
+            made, chosen = hybrid(
+                model, spec, count, kind, name, calibration, known["alone"], options.steps, options.ranked
+            )
         row = {"kv_share": round(share_of(spec, count, options.evaluated_length), 3)}
         row |= {**measured(made, held_out, truth), "changed": chosen, "seconds": round(time.perf_counter() - start, 1)}
         print(f"{name:50} {row['kv_share']:.3f}  CE {row['cross_entropy']:.4f}  KL {row['kl']:.4f}", flush=True)
         known["cases"][name] = row | ({} if known["about"] == about else {"about": about})
         if options.write:
-            OUT.write_text(json.dumps(known, indent=2) + "\n")
+            options.write.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def hybrid(
@@ -140,13 +143,14 @@ def hybrid(
     calibration: torch.Tensor,
     alone: dict[str, list[float]],
     steps: int,
+    ranked: int,
 ) -> tuple[PreTrainedModel, list[int]]:
     """The model with so many layers changed, and which; measures the layers' damage where it is not known yet."""
     trained = calibration if isinstance(spec, Linear) and "not trained" not in name else None  # a mask needs no text
     if count == LAYERS:
         return convert_hybrid_model(model, spec, list(range(LAYERS)), trained, steps=steps)[0], list(range(LAYERS))
     if kind not in alone:
-        new, damage = convert_hybrid_model(model, spec, count, calibration, steps=steps)
+        new, damage = convert_hybrid_model(model, spec, count, calibration, steps=steps, ranked=ranked)
         assert damage is not None
         alone[kind] = damage.alone
         return new, damage.changed

@@ -35,8 +35,8 @@ Layers = int | Sequence[int] | KVBudget  # how many, which ones, or as many as t
 class HybridDamage(Damage):
     """A conversion of some layers.
 
-    alone: KL divergence from the original's next-token distribution when that layer alone is changed, nats a token;
-        NaN where it was not measured. changed: numbers of the layers that were.
+    alone: KL divergence from the original's next-token distribution when that layer alone is changed, nats a token, on
+        calibration text; empty where the layers were given. changed: numbers of the layers that were.
     length: tokens in the cache for which kv_bytes and kv_bytes_before (a token's share there) are given.
     """
 

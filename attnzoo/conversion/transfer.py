@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnzoo.layers import LinearAttention
 
-STEPS = 200
+STEPS = 150
 RATE = 1e-2  # of Adam, falling to 0 linearly
 
 

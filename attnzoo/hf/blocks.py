@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments behind the hidden
 
 @dataclass
 class Seen:
-    """One forward pass: the stream `[B, S, dim]` before each block and behind the last, each block's attention output,
-    and the logits `[B, S, vocabulary]`."""
+    """One forward pass: the stream `[B, S, dim]` before each block and behind the last, and `logits [B, S, tokens]`."""
 
-    stream: list[Tensor] = field(default_factory=list)
-    attended: list[Tensor] = field(default_factory=list)
-    logits: Tensor | None = None
+    stream: list[Tensor]
+    logits: Tensor
 
 
 class Blocks:
@@ -53,34 +51,28 @@ class Blocks:
 
     def watch(self, tokens: Tensor) -> Seen:
         """Run the whole model on token ids `[B, S]`."""
-        seen, calls = Seen(), []
+        stream: list[Tensor] = []
+        calls: list[Call] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(kwargs)
             hidden = args[0] if args else named.pop("hidden_states")
-            seen.stream.append(hidden)
+            stream.append(hidden)
             calls.append((args[1:], named))
 
-        def behind(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._tuples = isinstance(out, tuple)
-
-        def attended(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            seen.attended.append(_first(out))
-
         def last(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            seen.stream.append(_first(out))
+            self._tuples = isinstance(out, tuple)
+            stream.append(_first(out))
 
-        hooks = [self.blocks[-1].register_forward_hook(behind), self.blocks[-1].register_forward_hook(last)]
-        for number, block in enumerate(self.blocks):
-            hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(self.attention(number).register_forward_hook(attended))
+        hooks = [self.blocks[-1].register_forward_hook(last)]
+        hooks += [block.register_forward_pre_hook(before, with_kwargs=True) for block in self.blocks]
         try:
-            seen.logits = self.model(input_ids=tokens, use_cache=False).logits
+            logits = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
         self._calls[tuple(tokens.shape)] = calls
-        return seen
+        return Seen(stream, logits)
 
     def prepare(self, tokens: Tensor) -> None:
         """Learn what blocks are called with for batches of this shape, which `run` needs."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnzoo.conversion import ConversionError, Refusal
-from attnzoo.conversion.damage import LayerDamage
 from attnzoo.conversion.folders import check_free
 from attnzoo.conversion.hybrid import HybridDamage, KVBudget, Layers, choose_layers
 from attnzoo.conversion.transfer import STEPS
@@ -28,6 +27,7 @@ from attnzoo.hf.swap import rebuild
 from attnzoo.specs import GQA, Linear, Spec
 
 Report = Callable[[HybridDamage], None]
+RANKED = 4096  # tokens; each costs a pass through half of the model for every layer
 
 
 def wants_hybrid(spec: Spec | Sequence[Spec], layers: Layers | None) -> bool:
@@ -99,8 +99,12 @@ def convert_hybrid_model(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    ranked: int = RANKED,
 ) -> tuple[PreTrainedModel, HybridDamage | None]:
-    """The new model, and what it cost if there is text to measure it on; arguments as of `convert_hybrid`."""
+    """The new model, and what it cost if there is text to measure it on; arguments as of `convert_hybrid`.
+
+    Each layer alone is measured on about `ranked` tokens of the calibration text, in rows spread evenly over it.
+    """
     start = time.perf_counter()
     request = read_request(model, spec, layers)
     if request.asked is None and calibration is None:
@@ -117,11 +121,11 @@ def convert_hybrid_model(
     if calibration is not None and request.name == "linear":
         with progress_bar("linear: feature maps") as progress:
             transfer_all(run, after, calibration, steps=steps, seed=seed, progress=progress)
-    alone, damages = [math.nan] * request.count, list[LayerDamage]()
+    alone: list[float] = []
     if request.asked is None:
         assert request.choice is not None and calibration is not None
         with progress_bar(f"{request.name}: each layer alone") as progress:
-            alone, damages = damage_alone(before, after, calibration, progress)
+            alone = damage_alone(before, after, _some(calibration, ranked), progress)
         chosen = choose_layers(alone, request.choice, old_bytes, new_bytes)
     else:
         chosen = request.asked
@@ -132,7 +136,7 @@ def convert_hybrid_model(
     kept = sum(new_bytes[number] if number in chosen else old_bytes[number] for number in range(request.count))
     return new, HybridDamage(
         method=request.name,
-        layers=damages,
+        layers=judged.layers,
         tokens=judged.tokens,
         held_out=held_out is not None,
         cross_entropy_before=judged.before,
@@ -145,6 +149,11 @@ def convert_hybrid_model(
         changed=chosen,
         length=length,
     )
+
+
+def _some(rows: Tensor, tokens: int) -> Tensor:
+    count = min(len(rows), max(1, tokens // rows.shape[1]))
+    return rows[torch.arange(count) * len(rows) // count]
 
 
 def _runnable(model: PreTrainedModel) -> PreTrainedModel:

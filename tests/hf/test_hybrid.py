@@ -52,7 +52,8 @@ def test_each_layers_damage_is_the_divergence_when_it_alone_is_changed(build, te
     assert damage.changed == sorted(sorted(range(4), key=lambda n: true[n])[:2])
     together = swapped(llama(build), damage.changed)
     assert damage.kl == pytest.approx(divergence(llama(build), together, text), rel=1e-3, abs=1e-7)
-    assert all(layer.attention_error > 0 and layer.stream_error > 0 for layer in damage.layers)
+    assert [layer.attention_error > 0 for layer in damage.layers] == [n in damage.changed for n in range(4)]
+    assert [layer.stream_error > 0 for layer in damage.layers] == [n >= damage.changed[0] for n in range(4)]
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained")

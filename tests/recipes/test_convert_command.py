@@ -85,3 +85,24 @@ def test_a_conversion_on_text_leaves_its_damage_beside_the_weights(tmp_path, mon
     assert json.loads((tmp_path / "new/config.json").read_text())["attnzoo"]["method"] == "svd"
     record = json.loads((tmp_path / "new/damage.json").read_text())
     assert record[0]["method"] == "svd" and not record[0]["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "layers", "model_type"),
+    [
+        (["attention=window", "attention.mask.window=3"], "1", "ministral"),
+        (["attention=window_sinks", "attention.mask.first.window=3"], "[0]", "attnzoo_llama"),
+        (["attention=linear", "attention.window=2"], "{share: 0.9, length: 4096}", "attnzoo_llama"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_some_layers_are_given_a_window_or_linear_attention(tmp_path, monkeypatch, attention, layers, model_type):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_llama(tmp_path / "model")
+    save_text(tmp_path / "text")
+    sizes = ["convert.calibration=text", "convert.samples=6", "convert.sample_length=8", "convert.steps=2"]
+    run_command(monkeypatch, main, "model.path=model", *attention, *sizes, f"convert.layers={layers}", "out=new")
+    assert json.loads((tmp_path / "new/config.json").read_text())["model_type"] == model_type
+    assert (tmp_path / "new/tokenizer.json").is_file()
+    damage = json.loads((tmp_path / "new/damage.json").read_text())[0]
+    assert len(damage["changed"]) == 1 and len(damage["layers"]) == 2
