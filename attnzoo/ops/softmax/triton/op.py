@@ -163,7 +163,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-        # Many losses at once (`is_grads_batched`) come as one tensor under vmap, which the operator knows how to run.
+        # `torch.vmap` over a backward hands in many gradients as one tensor, which the operator knows how to run.
         plain = _is_plain(d_lse if d_out is None else d_out)
         return _backward(ctx, d_out, d_lse, _differentiate if plain else fused_attention_backward)
 

@@ -1,0 +1,86 @@
+"""Every kernel compiles for every supported GPU, on a machine without one, and the report says what each takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/compile_kernels.py"
+OPS = ["softmax", "decoding", "latent", "linear"]
+
+
+def compiled(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the script as CI does: in a process of its own, as this one may interpret the kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, SCRIPT, *arguments]
+    return subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def listed(op: str) -> dict[str, int]:
+    """The op's builds, and the compute capability from which on each exists."""
+    code = f"""
+import json
+from attnzoo.ops.{op}.triton.builds import builds
+print(json.dumps([(b.name, b.least) for b in builds()]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = json.loads(done.stdout)
+    assert len({name for name, _ in builds}) == len(builds), "two builds of one name"
+    return dict(builds)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # a machine with two cores and an empty cache
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_for_every_gpu_and_reports_what_it_takes(op: str, tmp_path: Path) -> None:
+    builds = listed(op)
+    assert builds
+    done = compiled("--ops", op, "--out", tmp_path / "report.json")
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert re.fullmatch(r"\d+\.\d+.*", report["triton"])
+    wanted = {
+        (op, name, f"sm_{target}") for name, least in builds.items() for target in (80, 90, 100) if target >= least
+    }
+    assert {(row["op"], row["kernel"], row["target"]) for row in report["kernels"]} == wanted
+    for row in report["kernels"]:
+        assert 16 <= row["registers"] <= 255 and row["stack_bytes"] >= 0 and row["shared_bytes"] >= 0, row
+        # A100 and H100 give a block 163 and 227 KiB; more would compile and never launch.
+        assert row["shared_bytes"] <= (163 if row["target"] == "sm_80" else 227) * 1024, row
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_compile_fails_the_script_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import triton\n"
+        "import triton.language as tl\n\n\n"
+        "@triton.jit\n"
+        "def broken(x, BLOCK: tl.constexpr):\n"
+        "    tl.store(x + tl.arange(0, BLOCK), missing)\n"
+    )
+    (tmp_path / "main.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(SCRIPT.parent)!r}, {str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "import compile_kernels\n"
+        "from broken import broken\n"
+        "from attnzoo.ops.launching import Build\n"
+        "build = Build('broken', broken, {'x': '*fp32', 'BLOCK': 'constexpr'}, {'BLOCK': 16})\n"
+        "compile_kernels.builds = lambda op: [build]\n"
+        "if __name__ == '__main__':\n"
+        "    sys.argv = ['x', '--ops', 'softmax', '--targets', '90', '--jobs', '1']\n"
+        "    sys.exit(compile_kernels.main())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "broken" in done.stdout and "FAILED" in done.stdout and "0 of 1 kernels compile" in done.stdout
