@@ -23,6 +23,7 @@ from attnzoo.ops.softmax.triton.shapes import (
     Pattern,
     ends_of,
     head_blocks,
+    least_columns,
     pattern_of,
     precision,
     size_of,
@@ -245,8 +246,9 @@ def _numbers(x: Arguments, pattern: Pattern, each: int) -> tuple[Any, ...]:
 
 def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
     dim, v_dim = x.q.shape[-1], x.v.shape[-1]
-    block, extra = head_blocks(dim)
-    whole, rest = head_blocks(v_dim)
+    least = least_columns(x, _capability(x))
+    block, extra = head_blocks(dim, least)
+    whole, rest = head_blocks(v_dim, least)
     return {
         "GROUP": x.group,
         "D": dim,

@@ -107,14 +107,19 @@ def walk_of(x: Arguments, pattern: Pattern, tiles: Tiles, *, by_keys: bool) -> t
     return make(x.mask, x.q.shape[1], x.q.shape[2], x.k.shape[2], tiles.m, tiles.n, x.q.device)
 
 
-def head_blocks(dim: int) -> tuple[int, int]:
-    """Powers of two that hold a head_dim: one, or two where the first alone would be much too large (192, 576)."""
-    whole = max(16, _power(dim))
+def head_blocks(dim: int, least: int = 16) -> tuple[int, int]:
+    """Powers of two, `least` or more each, that hold a head_dim: one, or two where one is much too large (192, 576)."""
+    whole = max(least, _power(dim))
     first = whole // 2
-    if first < 32 or dim <= first:
+    if first < max(32, least) or dim <= first:
         return whole, 0
-    rest = max(16, _power(dim - first))
+    rest = max(least, _power(dim - first))
     return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def least_columns(x: Arguments, capability: tuple[int, int]) -> int:
+    """The fewest columns of a tile: products of Hopper's on rows under 128 bytes came out wrong in triton 3.6."""
+    return max(16, 128 // x.q.element_size()) if capability >= (9, 0) else 16
 
 
 def _power(n: int) -> int:
