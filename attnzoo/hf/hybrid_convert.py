@@ -69,6 +69,8 @@ def convert_hybrid(
         folder: Path | None = Path(source).expanduser().resolve()
         check_free(out, overwrite=overwrite)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        if torch.cuda.is_available() and (calibration is not None or held_out is not None):
+            model.to("cuda")
     elif isinstance(source, PreTrainedModel):
         folder, model = None, source
         if out is not None:
