@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,16 +33,18 @@ def convert_on_text(
     *,
     finished: Callable[[int], Mapping[str, Tensor] | None],
     keep: Callable[[int, Mapping[str, Tensor]], None],
+    judge: bool = True,
     spill: Path | None = None,
     progress: Progress | None = None,
 ) -> Damage:
-    """Convert all layers, hand each to `keep`, and say what it cost.
+    """Convert all layers, hand each to `keep`, and say what it cost; without `judge`, the predictions stay unmeasured.
 
     Args:
         plan, config: of the conversion; the original's config.json.
         weights: the original's tensors by name.
         method: what to do.
         calibration, held_out: token ids `[rows, S]`; not both None.
+        judge: whether to measure what the model says of the text, too.
         finished, keep, spill, progress: as for `convert_layers`.
 
     Raises:
@@ -83,7 +86,7 @@ def convert_on_text(
         spill=spill,
         progress=progress,
     )
-    before, after, divergence, tokens = measure(original, new, walk)
+    before, after, divergence, tokens = measure(original, new, walk) if judge else (math.nan, math.nan, math.nan, 0)
     a_head = 2 * plan.geometry.num_layers * plan.geometry.head_dim * stored.itemsize
     return Damage(
         method=method.name,

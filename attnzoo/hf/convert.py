@@ -239,6 +239,7 @@ def _convert_folder(
                 judged,
                 finished=kept.get,
                 keep=kept.put,
+                judge=settings.report is not None,
                 spill=kept.folder,
                 progress=progress,
             )
@@ -323,6 +324,7 @@ def _converted(
                 held_out,
                 finished=lambda number: None,
                 keep=layers.__setitem__,
+                judge=settings.report is not None,
                 progress=progress,
             )
         settings.told(damage)
