@@ -14,17 +14,23 @@ from attnzoo.conversion.damage import Damage
 from recipes.damage_plot import plot
 from recipes.run_folder import write_whole
 
-HEADINGS = ("method", "perplexity", "cross-\nentropy", "lost", "KL", "worst layer", "KV bytes\nper token", "seconds")
+HEADINGS = ("method", "perplexity", "cross-\nentropy", "lost", "KL", "worst\nlayer", "KV bytes\nper token", "seconds")
 
 
 def print_damages(damages: Sequence[Damage]) -> None:
     """Prints a conversion a row, below the original."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits into 80 columns
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number else "left", vertical="bottom")
     one = damages[0]
-    table.add_row("original", _short(one.perplexity_before), f"{one.cross_entropy_before:.3f}", *"––––", "–")
-    table.rows[-1].end_section = True
+    table.add_row(
+        "original",
+        _short(one.perplexity_before),
+        f"{one.cross_entropy_before:.3f}",
+        *"–––",
+        f"{one.kv_bytes_before:,}",
+        "–",
+    )
     for one in damages:
         worst = max(one.layers, key=lambda layer: layer.attention_error)
         table.add_row(
@@ -34,7 +40,7 @@ def print_damages(damages: Sequence[Damage]) -> None:
             f"{one.cross_entropy - one.cross_entropy_before:+.3f}",
             f"{one.kl:.3f}",
             f"{worst.layer}: {worst.attention_error:.2g}",
-            f"{one.kv_bytes_before:,} → {one.kv_bytes:,}",
+            f"{one.kv_bytes:,}",
             f"{one.seconds:,.0f}",
         )
     console = Console()
