@@ -148,3 +148,22 @@ def test_a_request_that_does_not_fit_is_an_error(build, spec, layers, match):
 def test_a_list_of_specs_says_itself_where_windows_go(build, text):
     new = attnzoo.convert(llama(build), [GQA(), WINDOW, GQA(), WINDOW])
     assert new.config.layer_types == ["full_attention", "sliding_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True}),  # Ministral has no biases
+        ("mistral", {}),  # its own window is 5, and a config holds one
+        ("phi3", {"sliding_window": None}),  # one window for all layers
+        ("gemma3_text", {}),  # kinds of layers rotate differently
+    ],
+)
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_windows_that_no_stock_class_holds_are_held_by_a_swapped_model(build, text, tmp_path, family, changes):
+    model = build(family, **changes)
+    new = attnzoo.convert(model, GQA(mask=SlidingWindow(3)), layers=[1], out=tmp_path / "out")
+    assert isinstance(new, SwappedModel)
+    torch.testing.assert_close(logits(new, text), logits(swapped(model, [1]), text), **CLOSE)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded, text), logits(new, text))
