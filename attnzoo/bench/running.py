@@ -67,7 +67,8 @@ def machine(commit: str | None) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "packages": packages,
         "commit": commit or _git_commit(),
-        "command": " ".join(["attnzoo", *sys.argv[1:]]),
+        # A folder of this machine says nothing elsewhere.
+        "command": " ".join(["attnzoo", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
     }
 
 
