@@ -254,6 +254,8 @@ class HeldCache(Cache):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0:  # as transformers asks in some loops at every step
+            return
         self._change()
         super().crop(tokens_to_remove)
 

@@ -24,16 +24,29 @@ class Clock:
         self.before = torch.tensor(lengths, dtype=torch.int64, device=device)
         self.after = self.before + 1
         self.rows = torch.arange(len(lengths), device=device)
+        self._firsts: dict[int, Tensor] = {}
 
     def set(self, lengths: list[int]) -> None:
         """Start again from these lengths, in the same memory."""
         self.before.copy_(torch.tensor(lengths, dtype=torch.int64))
         self.after.copy_(self.before + 1)
+        self._update_firsts()
+
+    def first(self, kept: int) -> Tensor:
+        """Position of the oldest token, `[B]`, where the newest `kept` are held; worked out once a step."""
+        if kept not in self._firsts:
+            self._firsts[kept] = (self.after - kept).clamp(min=0)
+        return self._firsts[kept]
 
     def tick(self) -> None:
         """The step is over; on the device only."""
         self.before.add_(1)
         self.after.add_(1)
+        self._update_firsts()
+
+    def _update_firsts(self) -> None:
+        for kept, first in self._firsts.items():
+            first.copy_((self.after - kept).clamp(min=0))
 
 
 class OnDevice:
@@ -64,7 +77,7 @@ class OnDevice:
     @property
     def first(self) -> int | Tensor:
         """Position of the view's first column."""
-        return 0 if self.kept is None else (self.clock.after - self.kept).clamp(min=0)
+        return 0 if self.kept is None else self.clock.first(self.kept)
 
     def row_lengths(self) -> list[int]:
         """Tokens of each row; waits for the device."""

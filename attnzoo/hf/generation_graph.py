@@ -198,10 +198,14 @@ def _is_step(cache: Any, tokens: Any, kwargs: dict[str, Any]) -> bool:
     return (
         isinstance(cache, HeldCache)
         and isinstance(tokens, Tensor)
-        and tokens.is_cuda
+        and _on_gpu(tokens)
         and tokens.shape == (cache.rows, 1)
         and cache.get_seq_length() > 0
         and not cache.beams
         and (mask is None or mask.ndim == 2)
         and not more
     )
+
+
+def _on_gpu(tokens: Tensor) -> bool:
+    return tokens.is_cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         q_nope, q_rope = self.project_q(hidden_states)
         latent, rope_key = self.project_kv(hidden_states)
         if position_embeddings is not None and self.pairs is not None:
-            cos, sin = (table[..., self.pairs] for table in position_embeddings)
+            pairs = _indices(tuple(self.pairs), hidden_states.device)
+            cos, sin = (table[..., pairs] for table in position_embeddings)
             q_rope, rope_key = apply_rotary(q_rope, cos, sin), apply_rotary(rope_key, cos, sin)
         cache = own_cache(past_key_values, layer_past)
         new = hidden_states.shape[1]
@@ -149,6 +151,12 @@ class SwappedLatentAttention(MultiHeadLatentAttention):
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_latent = self.absorb(q_nope)
         return self.unabsorb(ops.latent_decode(q_latent, q_rope, held, scale=self.scale, mask=self.mask, starts=starts))
+
+
+@lru_cache(maxsize=64)
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """The places as a tensor, made once: a list would be copied to the device at every call, and in no CUDA graph."""
+    return torch.tensor(places, device=device)
 
 
 def _gain(norm: nn.Module | None) -> Tensor | None:
