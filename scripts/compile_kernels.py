@@ -1,9 +1,9 @@
 """Compile every Triton kernel for every supported GPU, on a machine without one, and report what it takes.
 
-    python scripts/compile_kernels.py [--ops softmax linear] [--targets 80 90 100] [--every] [--out report.json] [--jobs 2]
+    python scripts/compile_kernels.py [--ops softmax linear] [--targets 80 90 100] [--every] [--out report.json]
 
-Each op lists its kernels' specialisations in `attnzoo/ops/<op>/triton/builds.py`. All of them are compiled for sm_90, and
-the first of each kernel for the other targets; with --every all for all. Exits with status 1 if one does not compile.
+Each op lists its kernels' specialisations in `attnzoo/ops/<op>/triton/builds.py`. All of them are compiled for sm_90,
+and the first of each kernel for the other targets; with --every all for all. Exits with status 1 if one fails.
 """
 
 from __future__ import annotations
