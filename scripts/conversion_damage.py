@@ -27,9 +27,9 @@ from attnzoo.conversion.damage import Damage
 from attnzoo.hf.calibration_text import token_rows
 from recipes.samples import ensure_sample
 
-SAMPLES, LENGTH = int(os.environ.get("SAMPLES", 48)), 512  # of calibration text
-JUDGED = int(os.environ.get("JUDGED", 16))  # pieces of held-out text, of the same length
-STEPS = int(os.environ.get("STEPS", 150))
+SAMPLES, LENGTH = int(os.environ.get("SAMPLES", 24)), 512  # of calibration text
+JUDGED = int(os.environ.get("JUDGED", 8))  # pieces of held-out text, of the same length
+STEPS = int(os.environ.get("STEPS", 100))
 MEAN_GAP = {"svd": 0.70, "best": 0.85}  # how much of the mean's damage has to be gone
 
 
