@@ -54,7 +54,7 @@ def convert_latent(
     Args:
         source: a checkpoint folder or a transformers model.
         spec: an MLA, or a list of them, one a layer; equal ones for deepseek_v3.
-        method: one of `METHODS`; "auto" is `refit` with calibration text and `svd` without.
+        method: one of `METHODS`; "auto" is `svd`.
         calibration: as for `attnzoo.convert`; None: by the weights alone.
         out: the folder to write; needed for a folder.
         overwrite: replace `out` if it is a checkpoint.
@@ -65,7 +65,7 @@ def convert_latent(
         ConversionError: before anything is written; Refusal where deepseek_v3 does not hold what `out` asks for.
     """
     if method == "auto":
-        method = "svd" if calibration is None else "refit"
+        method = "svd"
     if method not in METHODS:
         raise ConversionError(f"method for an MLA must be one of auto, {', '.join(METHODS)}; got {method!r}")
     if calibration is None and method != "svd":
