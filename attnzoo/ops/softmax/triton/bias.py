@@ -118,7 +118,7 @@ def bias_gradient_kernel(
         do = load_rows(do_base, start_m, stride_dos, t_row < q_len, BLOCK_M, 0, BLOCK_DV, DV)
         vt = load_rows(v_base, start_n, stride_vs, u_row < seen, BLOCK_N, 0, BLOCK_DV, DV)
         dp = tl.dot(do, tl.trans(vt), input_precision=PRECISION)
-        s, _ = score(
+        s, _bent = score(
             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k, t, u, inside,
             softcap is not None, slopes is not None, 1, FAST,
         )  # fmt: skip

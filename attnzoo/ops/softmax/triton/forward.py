@@ -220,7 +220,7 @@ def forward_kernel(
                     if bias is not None or dense is not None:
                         inside = inside & (t < q_rows)
                     if not PLAIN:
-                        s, _ = score(
+                        s, _bent = score(
                             s, scale, softcap, slope, t + shift, u, bias_base, stride_bias_q, stride_bias_k,
                             q_start + t * STEP, k_start + u * STEP, inside,
                             softcap is not None, slopes is not None, STEP, FAST,

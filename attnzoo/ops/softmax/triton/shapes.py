@@ -12,6 +12,7 @@ from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
 from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import patterns, walks
 from attnzoo.ops.softmax.triton.config import Size, Tiles
+from attnzoo.ops.softmax.triton.patterns import FAR
 
 
 class Arguments(NamedTuple):
@@ -59,10 +60,10 @@ def pattern_of(x: Arguments, *, split: bool = True) -> Pattern:
     if isinstance(mask, Causal):
         return Pattern(False, True, 0, 0, 1, None, None, False)
     if isinstance(mask, SlidingWindow):
-        return Pattern(True, True, mask.window, mask.ahead, 1, None, None, False)
+        return Pattern(True, True, min(mask.window, FAR), min(mask.ahead, FAR), 1, None, None, False)
     if isinstance(mask, Dilated) and x.cu_q is None and split:
         # Each residue class of positions is a sequence of its own, in which the mask is a window without gaps.
-        return Pattern(True, True, mask.window, mask.ahead, mask.dilation, None, None, False)
+        return Pattern(True, True, min(mask.window, FAR), min(mask.ahead, FAR), mask.dilation, None, None, False)
     program, tables = patterns.lower(mask, x.q.shape[1], x.q.shape[2], x.k.shape[2], x.q.device)
     # Documents' lengths are only known on the device, so that no list of tiles can be made for them.
     return Pattern(False, mask.causal, 0, 0, 1, program, tables, x.cu_q is None)

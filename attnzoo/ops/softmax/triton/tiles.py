@@ -243,7 +243,8 @@ def score(
         s = s * (scale * LOG2E)
     if bias is not None:
         at = bias + row.to(tl.int64) * stride_bias_q + column.to(tl.int64) * stride_bias_k
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.where(added == float("-inf"), added, s + added * LOG2E)  # -inf hides NaN as well
     if ALIBI:
         # In floats from the start: a conversion of each distance costs as much as its exponential.
         s -= (slope * (STEP * LOG2E)) * tl.abs(i.to(tl.float32) - j.to(tl.float32))
