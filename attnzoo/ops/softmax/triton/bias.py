@@ -130,9 +130,10 @@ def bias_gradient_kernel(
         p = tl.exp2(s - row_lse * LOG2E)
         if seed is not None:
             dp = tl.where(kept(seed, batch * heads + head, t, u, dropout_p), dp * (1.0 / (1.0 - dropout_p)), 0.0)
+        ds = tl.where(p == 0.0, 0.0, p * (dp - row_delta))  # a key that nobody sees may be NaN, and so its dp
         acc += masked(
-            p * (dp - row_delta), 0.0, t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base,
-            stride_dense_q, stride_dense_k, t, u, LEFT, RIGHT,
+            ds, 0.0, t + shift, u, inside, window, ahead, PROGRAM, tables, head, dense_base, stride_dense_q,
+            stride_dense_k, t, u, LEFT, RIGHT,
         )  # fmt: skip
     base = d_bias + (tl.cast(own_batch, tl.int64) * bias_heads + own_head) * q_len * k_len
     at = base + tl.cast(t, tl.int64) * k_len + u
