@@ -114,9 +114,9 @@ class MLA(Spec):
         qk_rope_head_dim: size of the part that is rotated, even; its key is shared by all heads.
         v_head_dim: size of a head's values.
         q_lora_rank: size of the queries' latent.
+        mask: which query sees which key.
         rope_frequencies: for a model whose attention becomes this: which of its frequencies the rope part keeps, as
             rising indices, `qk_rope_head_dim / 2` of them. One that is there twice keeps more of itself.
-        mask: which query sees which key.
     """
 
     mechanism: ClassVar[str] = "mla"
@@ -125,8 +125,8 @@ class MLA(Spec):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
-    rope_frequencies: Sequence[int] | None = None
     mask: Mask | None = None
+    rope_frequencies: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
