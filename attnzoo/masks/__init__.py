@@ -63,8 +63,8 @@ __all__ = [
 
 def load_patterns() -> dict[str, type[Mask]]:
     """Every pattern by its name, those of this package loaded."""
-    for module in set(_HOME.values()):
-        importlib.import_module(f"attnzoo.masks.{module}")
+    for name in _HOME:
+        __getattr__(name)  # importing a module alone would leave it under its own name, where a function's may stand
     return Mask.patterns
 
 

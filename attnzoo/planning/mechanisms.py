@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from attnzoo.masks import SlidingWindow
-from attnzoo.masks.longformer import longformer
+from attnzoo.masks import SlidingWindow, longformer
 from attnzoo.planning.attention import Attention, Latent, Softmax
 from attnzoo.planning.model import Model
 from attnzoo.planning.recurrent import Recurrent

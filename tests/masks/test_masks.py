@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -242,3 +244,13 @@ def test_text_of_a_mask_leaves_defaults_out() -> None:
 def test_bad_masks_are_refused_by_name(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_named_masks_stay_functions_after_patterns_were_looked_up() -> None:
+    code = (
+        "from attnzoo.masks import mask_from_dict\n"
+        "mask_from_dict({'pattern': 'causal'})\n"
+        "from attnzoo.masks import big_bird, longformer\n"
+        "assert callable(big_bird) and callable(longformer)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnzoo.caches import ContiguousCache, Int8Cache, LatentCache, RollingCache
 from attnzoo.layers import GroupedQueryAttention, LinearAttention, MultiHeadLatentAttention
-from attnzoo.masks import Causal, Dilated, Full, GlobalTokens, Mask, SlidingWindow
-from attnzoo.masks.longformer import longformer
+from attnzoo.masks import Causal, Dilated, Full, GlobalTokens, Mask, SlidingWindow, longformer
 from attnzoo.planning import Gpu, Model, cost_of, plan, read_model, with_int8, with_spec
 from attnzoo.planning.attention import Latent, Softmax
 from attnzoo.planning.recurrent import Recurrent
