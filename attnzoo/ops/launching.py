@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Build(NamedTuple):
@@ -52,6 +53,16 @@ def interpreted() -> bool:
 def find_triton() -> object | None:
     """Triton's module spec, or None where it is not installed."""
     return _TRITON
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether no compiler, transform, subclass or dispatch mode is looking on.
+
+    Then a launch needs no custom operator around it, which costs as much as a short kernel.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from attnzoo.masks import Causal, Full, Mask, SlidingWindow
 from attnzoo.ops.decoding.common import Call
 from attnzoo.ops.decoding.stored import Rows
 from attnzoo.ops.decoding.triton.op import decode, decode_op
-from attnzoo.ops.launching import triton_reasons
+from attnzoo.ops.launching import is_plain, triton_reasons
 
 _UNBOUNDED = 2**30  # keys; no row is as long
 _MOST_QUERIES = 16
@@ -87,8 +87,3 @@ def rows_of(value: int | Tensor) -> Rows:
 def dense_last(x: Tensor) -> Tensor:
     """The tensor with a last stride of 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether nobody is looking on: then the launch needs no custom operator around it, which costs 20 us."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.triton.launch import Launcher
 from attnzoo.ops.decoding.triton.plan import fitted, next_power_of_two, shared_memory, splits_for, tiles_for
+from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
 
@@ -68,9 +68,7 @@ def decode(
         (
             *(q, *three(k), *three(v), *(recent or (None, None))),
             *(table, lengths, starts, kept, sinks, out, part, lse),
-        ),
-        (*shared, back, ahead, scale, 0.0 if softcap is None else softcap, splits),
-        (
+            *(*shared, back, ahead, scale, 0.0 if softcap is None else softcap, splits),
             *(size, recent[0].shape[2] if recent else 0, heads, k_heads, 0 if table is None else table.stride(0)),
             *(*q.stride()[:3], *k[0].stride()[:3], *v[0].stride()[:3]),
         ),
@@ -134,9 +132,7 @@ def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Te
     early = starts_early(out.device)
     launcher("merge")(
         (batch * heads * q_len, -(-v_dim // width), 1),
-        (part, lse, sinks, out),
-        (splits,),
-        (heads,),
+        (part, lse, sinks, out, splits, heads),
         {"Q_LEN": q_len, "DV": v_dim, "BLOCK_S": next_power_of_two(splits), "BLOCK_DV": width, "EARLY": early},
         num_warps=4 if splits > 8 else 2,
         **({"launch_pdl": True} if early else {}),

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.decoding import Rows
-from attnzoo.ops.decoding.triton import bounds, dense_last, is_plain, rows_of
+from attnzoo.ops.decoding.triton import bounds, dense_last, rows_of
 from attnzoo.ops.latent.common import Call
 from attnzoo.ops.latent.triton.op import latent_decode, latent_op
-from attnzoo.ops.launching import triton_reasons
+from attnzoo.ops.launching import is_plain, triton_reasons
 
 _MOST_QUERIES = 16
 _WIDEST = {"kv_lora_rank": 512, "qk_rope_head_dim": 128}

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.triton.launch import Launcher
 from attnzoo.ops.decoding.triton.op import merge, parts_for, starts_early, three
 from attnzoo.ops.decoding.triton.plan import fitted, next_power_of_two, shared_memory, splits_for
 from attnzoo.ops.latent.triton.plan import tiles_for
+from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import num_multiprocessors
 
 
@@ -67,9 +67,7 @@ def latent_decode(
         (
             *(q, q_rope, *three(latent), *three(rope_key), *(recent or (None, None))),
             *(table, lengths, starts, kept, out, part, lse),
-        ),
-        (*shared, back, ahead, scale, splits),
-        (
+            *(*shared, back, ahead, scale, splits),
             *(size, recent[0].shape[2] if recent else 0, 0 if table is None else table.stride(0)),
             *(*q.stride()[:3], *q_rope.stride()[:3]),
             *(latent[0].stride(0), latent[0].stride(2), rope_key[0].stride(0), rope_key[0].stride(2)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnzoo.masks import Full
+from attnzoo.ops.launching import is_plain
 from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import launch
 from attnzoo.ops.softmax.triton.launch import empty_as
@@ -19,17 +20,10 @@ from attnzoo.ops.softmax.triton.vmap import backward_rule, forward_rule
 
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`fused_attention`, without the operator around it where nobody traces: it costs as much as a short kernel."""
-    if not _is_plain(inputs[0]):
+    if not is_plain(inputs[0]):
         return fused_attention(*inputs)
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     return _Eager.apply(*inputs) if wanted else _forward(*inputs)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether no compiler, transform, subclass or dispatch mode is looking on."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _forward(
@@ -164,7 +158,7 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
         # `torch.vmap` over a backward hands in many gradients as one tensor, which the operator knows how to run.
-        plain = _is_plain(d_lse if d_out is None else d_out)
+        plain = is_plain(d_lse if d_out is None else d_out)
         return _backward(ctx, d_out, d_lse, _differentiate if plain else fused_attention_backward)
 
 
