@@ -14,6 +14,7 @@ from attnzoo import __version__
 
 COMMANDS = {
     "convert": "turn a checkpoint into one with another attention mechanism, shard by shard",
+    "swap": "put another attention into a model's layers and save it, code included",
     "uptrain": "convert a model, win the lost quality back by training, report what was won",
     "evaluate": "perplexity, KV-cache size and speed of one model or several, side by side",
     "bench": "time attention beside every installed kernel on this GPU, correctness checked in the same run",

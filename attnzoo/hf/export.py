@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnzoo.conversion import Refusal
 from attnzoo.conversion.folders import check_free, whole_folder
@@ -24,7 +24,13 @@ _CODE = "modeling_attnzoo.py"
 _PATTERNS = {"full", "causal", "sliding_window", "dilated", "global_tokens", "per_head", "and", "or"}
 
 
-def export(model: PreTrainedModel, folder: str | Path, *, overwrite: bool = False) -> Path:
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Save a swapped model so that it loads where attnzoo is not installed.
 
     What a stock class holds is saved as that. Anything else gets its code beside it, one file in plain PyTorch, and
@@ -36,6 +42,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, overwrite: bool = Fals
     Args:
         model: a model that `attnzoo.swap` returned.
         folder: it appears whole or not at all.
+        tokenizer: saved beside the model.
         overwrite: replace `folder` if it is a checkpoint.
 
     Returns:
@@ -53,6 +60,8 @@ def export(model: PreTrainedModel, folder: str | Path, *, overwrite: bool = Fals
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     with whole_folder(path, overwrite=overwrite, size=size) as out:
         model.save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
         if held:
             names = list(layers)
             config = json.loads((out / "config.json").read_text(encoding="utf-8"))
