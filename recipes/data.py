@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.data_config import DataConfig
 from recipes.data_corpus import Corpus, Documents, open_corpus, texts
+from recipes.data_mix import MixLoader
 from recipes.data_rows import Pieces, RowLoader, Rows, TrainLoader
 from recipes.data_stream import StreamLoader
 from recipes.data_tokens import TokenStore, check_tokenizer, digest, encode, tokenised, tokenizer_digest
@@ -39,7 +40,7 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | DataConfig,
         tokenizer: PreTrainedTokenizerBase,
         *,
         seq_len: int,
@@ -52,13 +53,14 @@ class TextDataModule(LightningDataModule):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         check_tokenizer(tokenizer, vocab_size)
-        self.config = DataConfig.read(config)
+        self.config = config if isinstance(config, DataConfig) else DataConfig.read(config)
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
-        self._train: Callable[[int, int], TrainLoader | StreamLoader] | None = None
+        self._train: Callable[[int, int], TrainLoader | StreamLoader | MixLoader] | None = None
         self._held_out: Rows | list[Pieces] = []
+        self._domains: dict[str, TextDataModule] = {}
         self._tokens_per_epoch: int | None = None
 
     def prepare_data(self) -> None:
@@ -68,6 +70,9 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the text and splits it; does nothing the second time."""
         if self._train is not None:
+            return
+        if self.config.domains:
+            self._setup_domains()
             return
         corpus = open_corpus(self.config)
         if self.config.streaming:
@@ -81,8 +86,8 @@ class TextDataModule(LightningDataModule):
         self.setup()
         return self._tokens_per_epoch
 
-    def train_loader(self, *, rank: int = 0, world_size: int = 1) -> TrainLoader | StreamLoader:
-        """A rank's training batches, with state_dict and load_state_dict: an epoch, or endless when streaming."""
+    def train_loader(self, *, rank: int = 0, world_size: int = 1) -> TrainLoader | StreamLoader | MixLoader:
+        """A rank's training batches, with state_dict and load_state_dict: an epoch; endless from a stream or a mix."""
         self.setup()
         assert self._train is not None
         return self._train(rank, world_size)
@@ -92,7 +97,13 @@ class TextDataModule(LightningDataModule):
         self.setup()
         return RowLoader(self._held_out, self.batch_size)
 
-    def train_dataloader(self) -> TrainLoader | StreamLoader:
+    def val_domains(self) -> dict[str, Iterable[dict[str, Tensor]]]:
+        """The held-out batches by domain; all of them under "text" where the text is not divided."""
+        self.setup()
+        held_out = {name: one._held_out for name, one in self._domains.items()} or {"text": self._held_out}
+        return {name: RowLoader(rows, self.batch_size) for name, rows in held_out.items()}
+
+    def train_dataloader(self) -> TrainLoader | StreamLoader | MixLoader:
         """The training batches of the trainer's rank; all of them without a trainer.
 
         Lightning reads one batch ahead of a loader without a length, so a stream that resumes exactly goes through
@@ -109,6 +120,25 @@ class TextDataModule(LightningDataModule):
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _setup_domains(self) -> None:
+        """One module a domain, whose rows take turns; held out is what each of them holds out."""
+        for name in self.config.domains:
+            self._domains[name] = TextDataModule(
+                self.config.of_domain(name), self.tokenizer, seq_len=self.seq_len, batch_size=1, seed=self.seed
+            )
+            self._domains[name].setup()
+        held_out = [one._held_out for one in self._domains.values()]
+        self._held_out = [rows[row] for rows in held_out for row in range(len(rows))]
+        sizes = [one.tokens_per_epoch for one in self._domains.values()]
+        self._tokens_per_epoch = None if None in sizes else sum(sizes)
+        self._train = lambda rank, world_size: MixLoader(
+            {name: one.train_loader() for name, one in self._domains.items()},
+            self.config.weights,
+            self.batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def _setup_stored(self, corpus: Corpus) -> None:
         store = tokenised(corpus.train, corpus.column, self.tokenizer)

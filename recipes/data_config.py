@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 FORMATS = ("auto", "text", "jsonl", "parquet", "hub")
@@ -28,6 +28,8 @@ class DataConfig:
         beginning); None takes all.
     streaming: read and tokenise while training, for text that is larger than the disk or the patience.
     shuffle_rows: rows that are shuffled together when streaming.
+    domains: several sources in one stream: by name, a weight (the domain's share of the rows) and whatever of the
+        fields above is the domain's own, the others being as the group says. Held-out text is then judged by domain.
     """
 
     path: str
@@ -43,6 +45,7 @@ class DataConfig:
     val_tokens: int | None = None
     streaming: bool = False
     shuffle_rows: int = 256
+    domains: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.format in FORMATS, "format", self.format, ", ".join(FORMATS))
@@ -51,6 +54,11 @@ class DataConfig:
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "numbers between 0 and 1")
         _require(self.val_tokens is None or self.val_tokens >= 2, "val_tokens", self.val_tokens, "null or at least 2")
         _require(self.shuffle_rows >= 1, "shuffle_rows", self.shuffle_rows, "at least 1")
+        for name, domain in self.domains.items():
+            weight = domain.get("weight")
+            good = isinstance(weight, int | float) and weight > 0
+            _require(good, f"domains.{name}.weight", weight, "numbers above 0")
+            _require("domains" not in domain, f"domains.{name}.domains", "...", "no domains within domains")
         _require(
             not (self.streaming and self.val_tokens is None),
             "val_tokens",
@@ -61,14 +69,29 @@ class DataConfig:
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> DataConfig:
         """From a Hydra group or a dictionary; unknown fields are a ValueError."""
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         given = {str(key): config[key] for key in config}
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"data.{unknown[0]} is no field of a data group; allowed are {', '.join(known)}")
         if not given.get("path"):
             raise ValueError("data.path is missing: give a file, a folder, a glob, a hub id or sample:NAME")
-        return cls(**{**given, "path": str(given["path"]), "val_files": tuple(given.get("val_files") or ())})
+        given |= {"val_files": tuple(given.get("val_files") or ()), "domains": given.get("domains") or {}}
+        return cls(**{**given, "path": str(given["path"])})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each domain in the rows, not yet divided by their sum."""
+        return {name: domain["weight"] for name, domain in self.domains.items()}
+
+    def of_domain(self, name: str) -> DataConfig:
+        """The group that a domain would be by itself."""
+        own = {key: value for key, value in self.domains[name].items() if key != "weight"}
+        common = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "domains"}
+        try:
+            return DataConfig.read(common | own)
+        except ValueError as error:
+            raise ValueError(f"data.domains.{name}: {error}") from None
 
 
 def _require(good: bool, name: str, came: object, allowed: str) -> None:

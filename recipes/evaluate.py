@@ -6,33 +6,42 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from recipes.evaluate_samples import write_on
 from recipes.evaluate_speed import cache_bytes_per_token, measure_speed
-from recipes.packed import IGNORED, Batch, forward_packed, shifted_labels
+from recipes.packed import Batch
+from recipes.scores import Scores, score
 
 log = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 1024  # whose logits are held in fp32 at once
+Domains = Mapping[str, Iterable[Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What was measured of one model.
 
-    cross_entropy: nats a token, the mean over all `tokens` that were predicted; perplexity is its exponential.
-    accuracy: the part of these tokens that the model held most likely.
+    cross_entropy: nats a token, the mean over all `tokens` that were predicted, and of several domains the mean of
+        theirs; perplexity is its exponential.
+    accuracy: the part of these tokens that the model held most likely, likewise.
     parameters: tied ones count once.
     kv_bytes_per_token: growth of the filled cache, of one sequence, over a prompt.
     prefill_tokens_per_s, decode_tokens_per_s: of one sequence; None when speed was not measured.
+    domains: cross_entropy, accuracy and tokens of each domain of the text.
+    context: cross_entropy and tokens by how many tokens of the document stood before the one that was predicted:
+        rows with first, last.
+    samples: what the model writes greedily after each prompt.
+    tasks: results of lm-evaluation-harness, by task and metric.
     """
 
     name: str
@@ -44,81 +53,89 @@ class Evaluation:
     kv_bytes_per_token: float
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    domains: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    context: Sequence[Mapping[str, float]] = dataclasses.field(default_factory=list)
+    samples: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    text: Iterable[Batch] | Domains,
     *,
     name: str,
     speed: bool = True,
     prompt_tokens: int = 256,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] = (),
+    sample_tokens: int = 48,
     device: torch.device | str | None = None,
 ) -> Evaluation:
     """Judges a causal language model of transformers on packed batches of held-out text.
 
     Args:
         model: with any attention implementation, in any dtype; stays in eval or train mode as it was.
-        batches: as TextDataModule.val_batches() gives them.
+        text: batches as TextDataModule.val_batches() gives them, or by domain as its val_domains() does.
         name: what the model is called in tables.
         speed: measure prefill and decode tokens/s too.
         prompt_tokens: length of the prompt that fills the cache and that speed is measured with; the same for all
             models that are to be compared.
+        tokenizer: reads the prompts.
+        prompts: what the model is to write on from.
+        sample_tokens: how far it writes.
         device: where to run; None is the GPU if there is one. The model is moved there.
 
     Raises:
         ValueError: when the batches hold no token to predict, or a loss is not finite.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    domains = text if isinstance(text, Mapping) else {"text": text}
     was_training = model.training
     model.to(device).eval()
     try:
         with torch.no_grad():
-            loss, right, tokens = _score(model, batches, device)
+            scores = {domain: score(model, batches, device) for domain, batches in domains.items()}
             prompt_tokens = min(prompt_tokens, getattr(model.config, "max_position_embeddings", prompt_tokens) // 2)
             cache_bytes = cache_bytes_per_token(model, prompt_tokens)
             prefill, decode = measure_speed(model, prompt_tokens) if speed else (None, None)
+            samples = write_on(model, tokenizer, prompts, sample_tokens) if prompts and tokenizer else {}
     finally:
         model.train(was_training)
-    if not tokens:
-        raise ValueError("the held-out text has no token to predict")
-    cross_entropy = loss / tokens
-    if not math.isfinite(cross_entropy):
-        raise ValueError(f"{name}: the cross-entropy is {cross_entropy}; the model's weights or logits are not finite")
+    found = quality(scores)
+    if not math.isfinite(found["cross_entropy"]):
+        raise ValueError(
+            f"{name}: the cross-entropy is {found['cross_entropy']}; the model's weights or logits are not finite"
+        )
     return Evaluation(
         name=name,
-        cross_entropy=cross_entropy,
-        perplexity=math.exp(min(cross_entropy, 700)),  # exp(710) is no float any more
-        accuracy=right / tokens,
-        tokens=tokens,
+        **found,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         kv_bytes_per_token=cache_bytes,
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=decode,
+        samples=samples,
     )
 
 
-def _score(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int, int]:
-    """The loss summed over the predicted tokens, how many of them were held most likely, and how many there are."""
-    loss, right, tokens = 0.0, 0, 0
-    for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        logits = forward_packed(model, batch)[0]  # [T, V]
-        for chunk in _chunks(logits, shifted_labels(batch)):
-            chunk_loss, chunk_right, chunk_tokens = _score_chunk(*chunk)
-            loss, right, tokens = loss + chunk_loss, right + chunk_right, tokens + chunk_tokens
-    return loss, right, tokens
-
-
-def _chunks(logits: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-
-
-def _score_chunk(logits: Tensor, targets: Tensor) -> tuple[float, int, int]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    right = (logits.argmax(dim=-1) == targets).sum()  # IGNORED is never the most likely token
-    return float(loss), int(right), int((targets != IGNORED).sum())
+def quality(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """The fields of an `Evaluation` that scores by domain give; ValueError when a domain has no token to predict."""
+    for domain, one in scores.items():
+        if not one.tokens:
+            of = f" of {domain}" if len(scores) > 1 else ""
+            raise ValueError(f"the held-out text{of} has no token to predict")
+    several = list(scores.values())
+    cross_entropy = sum(one.cross_entropy for one in several) / len(several)
+    return {
+        "cross_entropy": cross_entropy,
+        "perplexity": math.exp(min(cross_entropy, 700)),  # exp(710) is no float any more
+        "accuracy": sum(one.accuracy for one in several) / len(several),
+        "tokens": sum(one.tokens for one in several),
+        "domains": {
+            domain: {"cross_entropy": one.cross_entropy, "accuracy": one.accuracy, "tokens": one.tokens}
+            for domain, one in scores.items()
+        },
+        "context": sum(several[1:], start=several[0]).by_context(),
+    }
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="evaluate")
@@ -134,11 +151,13 @@ def main(config: DictConfig) -> None:
 
 def _evaluate_all(config: DictConfig, out: Path) -> None:
     from recipes.report import print_table
+    from recipes.report_details import print_details
     from recipes.run_folder import write_whole
 
     OmegaConf.resolve(config)
     results = [_evaluate_path(path, config) for path in (config.model.path, *config.also)]
     print_table(results)
+    print_details(results)
     out.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(result) for result in results]
     record = {"evaluations": rows, "config": OmegaConf.to_container(config)}
@@ -149,25 +168,31 @@ def _evaluate_all(config: DictConfig, out: Path) -> None:
 def _evaluate_path(path: str, config: DictConfig) -> Evaluation:
     """Judges one model on the text, which its own tokenizer cuts."""
     from recipes.data import TextDataModule
+    from recipes.evaluate_tasks import run_tasks
     from recipes.models import load_model, load_tokenizer
 
     chosen = {**config.model, "path": path}
-    model = load_model(chosen)
+    model, tokenizer = load_model(chosen), load_tokenizer(chosen)
     data = TextDataModule(
         config.data,
-        load_tokenizer(chosen),
+        tokenizer,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         vocab_size=model.get_input_embeddings().num_embeddings,
     )
-    return evaluate(
+    found = evaluate(
         model,
-        data.val_batches(),
+        data.val_domains(),
         name=Path(path).name.removeprefix("sample:"),
         speed=config.speed,
         prompt_tokens=config.prompt_tokens,
+        tokenizer=tokenizer,
+        prompts=config.prompts,
+        sample_tokens=config.sample_tokens,
         device=config.device,
     )
+    tasks = run_tasks(model, tokenizer, **config.harness)
+    return dataclasses.replace(found, tasks=tasks)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.evaluate import Evaluation
+from recipes.report_details import markdown_details, print_details
 from recipes.report_plot import plot
 from recipes.run_folder import write_whole
 
@@ -42,7 +43,7 @@ def write_report(
         folder: of the run; made when missing.
         evaluations: of the models, in the order of the rows; the last one is what came out.
         curve: measurements while training, each with step, tokens and cross_entropy (held out, in nats); may be empty.
-        meta: what was run, shown as a list; `samples`, a dictionary of texts by the model's name, as quotations.
+        meta: what was run, shown as a list.
 
     Raises:
         ValueError: when there is no evaluation.
@@ -57,6 +58,7 @@ def write_report(
     plot(folder / PICTURE, evaluations, curve)
     write_whole(folder / "report.md", _markdown(evaluations, meta))
     print_table(evaluations)
+    print_details(evaluations)
 
 
 def _markdown(evaluations: Sequence[Evaluation], meta: Mapping[str, Any]) -> str:
@@ -65,12 +67,9 @@ def _markdown(evaluations: Sequence[Evaluation], meta: Mapping[str, Any]) -> str
     lines += ["| " + " | ".join(row) + " |" for row in _cells(evaluations)]
     lines += ["", f"Measured on {evaluations[-1].tokens:,} held-out tokens that a model predicts.", ""]
     lines += [f"![Perplexity, cache and speed]({PICTURE})", ""]
-    facts = [f"- {key}: {_fact(value)}" for key, value in meta.items() if key != "samples"]
+    lines += markdown_details(evaluations)
+    facts = [f"- {key}: {_fact(value)}" for key, value in meta.items()]
     lines += ["## What was run", "", *facts, ""] if facts else []
-    samples = meta.get("samples") or {}
-    lines += ["## Samples", ""] if samples else []
-    for name, text in samples.items():
-        lines += [f"**{name}**", "", *(f"> {line}".rstrip() for line in str(text).strip().splitlines()), ""]
     return "\n".join(lines)
 
 

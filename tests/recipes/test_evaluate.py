@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from recipes.data import TextDataModule
 from recipes.evaluate import evaluate
 from recipes.packed import forward_packed, pack
+from recipes.scores import score
 from tests.support.text import caches, documents, word_tokenizer, write_corpus  # noqa: F401
 
 LENGTHS = [5, 1, 40, 13, 7, 29, 3, 3, 64, 2, 11]
@@ -24,8 +25,8 @@ def tiny(implementation="sdpa", kv_heads=2, cls=LlamaForCausalLM, config=LlamaCo
     if implementation == "attnzoo":
         pytest.importorskip("attnzoo.hf")
     fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    fields |= {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 128}
-    return cls(config(**fields, attn_implementation=implementation, tie_word_embeddings=True, **changes)).eval()
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 128} | changes
+    return cls(config(**fields, attn_implementation=implementation, tie_word_embeddings=True)).eval()
 
 
 def held_out(tmp_path, batch_size=2, seq_len=16):
@@ -57,6 +58,42 @@ def test_it_equals_a_loop_over_pieces_in_fp64(caches, tmp_path, implementation):
     assert found.cross_entropy == pytest.approx(loss / tokens, rel=1e-9)
     assert found.accuracy == right / tokens
     assert found.perplexity == pytest.approx(2.718281828459045**found.cross_entropy)
+    assert list(found.domains) == ["text"] and found.domains["text"]["tokens"] == tokens
+
+
+def test_tokens_are_counted_by_how_many_stood_before_them_in_their_document():
+    torch.manual_seed(0)
+    model = tiny("eager", max_position_embeddings=256).double()
+    lengths = (1, 2, 64, 65, 66, 130)
+    pieces = [torch.randint(0, VOCABULARY, (n,)).numpy() for n in lengths]
+    sums = {"1-63": [], "64-127": [], "128-255": []}
+    for ids in map(torch.from_numpy, pieces):
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0].log_softmax(-1)
+        for before in range(1, len(ids)):
+            name = "1-63" if before < 64 else "64-127" if before < 128 else "128-255"
+            sums[name].append(-logits[before - 1, ids[before]].item())
+    found = score(model, [pack(pieces[:2]), pack(pieces[2:])], "cpu").by_context()
+    assert {f"{row['first']}-{row['last']}": row["tokens"] for row in found} == {k: len(v) for k, v in sums.items()}
+    for row, losses in zip(found, sums.values(), strict=True):
+        assert row["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+
+
+def test_samples_are_the_most_likely_tokens_and_no_document_end_is_passed(caches, tmp_path):  # noqa: F811
+    texts = documents(LENGTHS)
+    tokenizer = word_tokenizer(" ".join(texts).split())
+    model = tiny()
+    batches = [pack([torch.arange(1, 20).numpy()])]
+    found = evaluate(
+        model, batches, name="", speed=False, tokenizer=tokenizer, prompts=["d2w0 d2w1"], sample_tokens=5, device="cpu"
+    )
+    ids = tokenizer("d2w0 d2w1")["input_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert found.samples == {"d2w0 d2w1": tokenizer.decode(ids[2:], skip_special_tokens=True)}
 
 
 def test_perplexity_does_not_depend_on_the_batch_size(caches, tmp_path):  # noqa: F811

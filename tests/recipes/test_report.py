@@ -19,15 +19,28 @@ def judged(name: str, cross_entropy: float, *, kv: float = 23040.0, speed: float
 
 
 THREE = [judged("original", 3.08), judged("converted", 9.66, kv=7680), judged("uptrained", 4.1, kv=7680)]
+DETAILS = {
+    "domains": {
+        "plays": {"cross_entropy": 4.0, "accuracy": 0.2, "tokens": 99},
+        "code": {"cross_entropy": 2.0, "accuracy": 0.4, "tokens": 99},
+    },
+    "context": [
+        {"first": 1, "last": 63, "cross_entropy": 5.0, "tokens": 99},
+        {"first": 64, "last": 127, "cross_entropy": 3.0, "tokens": 99},
+    ],
+    "samples": {"Enter": "ROMEO.\nWhat light?"},
+    "tasks": {"arc_easy": {"acc": 0.25}},
+}
 CURVE = [{"step": n, "tokens": n * 1000, "cross_entropy": 9.66 - n} for n in range(6)]
 
 
 def test_a_report_holds_every_number_and_a_picture(tmp_path):
-    meta = {"model": "a/b", "attention": {"num_kv_heads": 1}, "samples": {"uptrained": "ROMEO.\nWhat light?"}}
-    write_report(tmp_path / "run", evaluations=THREE, curve=CURVE, meta=meta)
+    meta = {"model": "a/b", "attention": {"num_kv_heads": 1}}
+    evaluations = [*THREE[:2], dataclasses.replace(THREE[2], **DETAILS)]
+    write_report(tmp_path / "run", evaluations=evaluations, curve=CURVE, meta=meta)
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["report.json", "report.md", "report.png"]
     record = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [Evaluation(**row) for row in record["evaluations"]] == THREE
+    assert [Evaluation(**row) for row in record["evaluations"]] == evaluations
     assert record["curve"] == CURVE and record["meta"] == meta
     text = (tmp_path / "run" / "report.md").read_text()
     for words in (
@@ -37,8 +50,17 @@ def test_a_report_holds_every_number_and_a_picture(tmp_path):
     ):
         assert words in text
     assert "> ROMEO.\n> What light?" in text and '`{"num_kv_heads": 1}`' in text
+    for words in (
+        "| model | plays | code |",
+        "| uptrained | 4.000 | 2.000 |",
+        "| model | 1–63 | 64–127 |",
+        "| uptrained | 5.000 | 3.000 |",
+        "| uptrained | 0.250 |",
+        "After `'Enter'`:\n\n**uptrained**",
+    ):
+        assert words in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 4 * 5 and len({line.count("|") for line in table[:5]}) == 1
     height, width, _ = image.imread(tmp_path / "run" / "report.png").shape
     assert width > 1000 and height > 500
 
