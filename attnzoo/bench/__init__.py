@@ -9,7 +9,7 @@ from pathlib import Path
 
 SUITES = ("dense", "window", "sparse", "features", "table")
 USAGE = """attnzoo bench attention [--suite SUITE ...] [--table FILE] [options]
-       attnzoo bench generation [--batches B ...] [--length N] [options]
+       attnzoo bench generation [--mechanisms NAME ...] [--batches B ...] [--length N] [options]
 options: [--out FOLDER] [--jobs N] [--draw] [--commit HASH]"""
 
 
@@ -19,12 +19,17 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, 1 if a contestant gave wrong results, 2 for arguments that are not understood or a machine without a GPU.
     """
+    from attnzoo.bench import generation, report
+
     parser = argparse.ArgumentParser("attnzoo bench", usage=USAGE, description=main.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("what", choices=["attention", "generation"], help="an op, or a whole model's decoding")
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="all: without table")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the JSON files and plots")
     parser.add_argument("--table", type=Path, help="write the measured order of backends into this times.json")
     parser.add_argument("--jobs", type=int, default=4, help="processes that set up and compile side by side")
+    parser.add_argument(
+        "--mechanisms", nargs="+", choices=generation.MECHANISMS, default=generation.MECHANISMS, help="of generation"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of generation")
     parser.add_argument("--length", type=int, default=8192, help="tokens in the cache, of generation")
     parser.add_argument("--draw", action="store_true", help="only redo tables and plots from the JSON files in --out")
@@ -33,8 +38,6 @@ def main(argv: Sequence[str]) -> int:
         options = parser.parse_args(argv)
     except SystemExit as end:
         return int(end.code or 0)
-    from attnzoo.bench import generation, report
-
     if options.draw:
         (report if options.what == "attention" else generation).draw(options.out)
         return 0
@@ -44,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
         print("attnzoo bench: needs a CUDA GPU, and there is none", file=sys.stderr)
         return 2
     if options.what == "generation":
-        return generation.run(options.batches, options.out, options.jobs, options.length, options.commit)
+        return generation.run(
+            options.mechanisms, options.batches, options.out, options.jobs, options.length, options.commit
+        )
     from attnzoo.bench import running
 
     suites = SUITES[:-1] if "all" in options.suite else tuple(options.suite)

@@ -1,17 +1,18 @@
 """`attnzoo bench generation`: decoding of a whole model, ours beside transformers' own, and beside what the bytes say.
 
-Every contestant is a process of its own (`attnzoo.hf.generation_bench`): they set up and compile side by side, and time
-one after another.
+Every mechanism is a process of its own (`attnzoo.hf.generation_bench`) that times ours and then transformers'. They set
+up and compile side by side, and time one after another.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from attnzoo.bench import report
 
 Row = dict[str, Any]
 MECHANISMS = ("MHA", "GQA-8", "MQA", "MLA", "window 1k", "linear", "int8 GQA-8")
-WITH_PEER = MECHANISMS[:5]
-BATCHES = (1, 16, 64)
-LARGE = {("ours", "MHA", 64), ("transformers", "MHA", 64), ("transformers", "MLA", 64)}  # 69 GB of cache: alone
+LARGE = {("MHA", 64), ("MLA", 64)}  # 69 GB of cache on one side or both: alone
 
 
-def run(batches: Iterable[int], out: Path, jobs: int, length: int, commit: str | None) -> int:
-    """Time all contestants at these batches; write JSON, table and plot into `out`, beside rows of other batches.
+def run(
+    mechanisms: Sequence[str], batches: Iterable[int], out: Path, jobs: int, length: int, commit: str | None
+) -> int:
+    """Time these mechanisms at these batches; write JSON, table and plot into `out`, beside rows of others.
 
     Returns:
         1 if replayed steps gave other logits than plain ones, else 0.
@@ -40,38 +41,44 @@ def run(batches: Iterable[int], out: Path, jobs: int, length: int, commit: str |
     import torch
 
     torch.cuda.empty_cache()
-    sides = [("ours", name) for name in MECHANISMS] + [("transformers", name) for name in WITH_PEER]
-    tasks = [(side, name, [b for b in batches if (side, name, b) not in LARGE]) for side, name in sides]
+    small = [(name, [b for b in batches if (name, b) not in LARGE]) for name in mechanisms]
     rows: list[Row] = []
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(jobs) as pool:
-        # Transformers' side compiles whole models: first, so that it does not come last.
-        todo = [task for task in reversed(tasks) if task[2]]
-        for found in pool.map(lambda task: _contestant(task[0], task[1], task[2], length, lock.name), todo):
+        tasks = [(name, some) for name, some in small if some]
+        for found in pool.map(lambda task: _measured(task[0], task[1], length, lock.name), tasks):
             rows += found
-        for side, name, batch in sorted(LARGE):
-            if batch in batches:
-                rows += _contestant(side, name, [batch], length, lock.name)
+        for name, batch in sorted(LARGE):
+            if name in mechanisms and batch in batches:
+                rows += _measured(name, [batch], length, lock.name)
     path = out / f"generation_{report.slug(about['device'])}.json"
     rows = _with_predictions(rows, about["limits"]["copy_gbs"])
     about["seconds"] = round(time.perf_counter() - started)
-    report.write(path, about | {"rows": _merged(path, rows)})
+    report.write(path, about | {"rows": merged(path, rows)})
     draw(out)
     wrong = [row for row in rows if row.get("error", 0) > 0.03]
     print(f"# {len(rows)} rows, {len(wrong)} wrong, {about['seconds']} s")
     return int(bool(wrong))
 
 
-def _contestant(side: str, mechanism: str, batches: list[int], length: int, lock: str) -> list[Row]:
-    command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation_bench", side, mechanism]
+def _measured(mechanism: str, batches: list[int], length: int, lock: str) -> list[Row]:
+    command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation_bench", mechanism]
     command += ["--batches", *map(str, batches), "--length", str(length), "--lock", lock]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows: list[Row] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        for batch in batches[len(rows) :]:
-            rows.append({"side": side, "mechanism": mechanism, "batch": batch, "unavailable": why[:200]})
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    few = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # each would start as many as there are cores
+    rows: list[Row] = []
+    other = ["no reason given"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=few) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                rows.append(json.loads(line))
+                print(line, end="", flush=True)
+            elif line.strip():
+                other.append(line.strip()[:200])
+    if process.returncode:
+        print(f"# {mechanism} ended early: {other[-1]}", flush=True)
+        done = {row["batch"] for row in rows if row["side"] == "ours"}
+        row = {"side": "ours", "mechanism": mechanism, "length": length, "unavailable": other[-1]}
+        rows += [row | {"batch": batch} for batch in batches if batch not in done]
     return rows
 
 
@@ -85,11 +92,11 @@ def _with_predictions(rows: list[Row], copy_gbs: float) -> list[Row]:
     return rows
 
 
-def _merged(path: Path, rows: list[Row]) -> list[Row]:
-    """These rows, and those of other batches that the file holds already."""
-    new = {row["batch"] for row in rows}
+def merged(path: Path, rows: list[Row]) -> list[Row]:
+    """These rows, and those of other mechanisms and batches that the file holds already."""
+    new = {(row["mechanism"], row["batch"]) for row in rows}
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    every = [row for row in old if row["batch"] not in new] + rows
+    every = [row for row in old if (row["mechanism"], row["batch"]) not in new] + rows
     return sorted(every, key=lambda row: (MECHANISMS.index(row["mechanism"]), row["batch"], row["side"]))
 
 
@@ -108,19 +115,23 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{str(result['commit'])[:12]}. Copy in the same run: {result['limits']['copy_gbs']} GB/s.",
         "",
         "| mechanism | batch | GB a step | bytes predict, tokens/s | `attnzoo.hf.generate` | of predicted "
-        "| `generate` in `graphed` | transformers | ours / theirs |",
-        "|---" * 9 + "|",
+        "| `generate` in `graphed` | transformers' best | with | ours / theirs |",
+        "|---" * 10 + "|",
     ]
     for (mechanism, batch), pair in _pairs(result["rows"]).items():
         ours, peer = pair.get("ours", {}), pair.get("transformers", {})
         if "ms" not in ours:
-            text.append(f"| {mechanism} | {batch} | {ours.get('unavailable', 'not run')} |" + " |" * 6)
+            text.append(f"| {mechanism} | {batch} | {ours.get('unavailable', 'not run')} |" + " |" * 7)
             continue
         theirs = peer.get("generate_tokens_s")
         text.append(
             f"| {mechanism} | {batch} | {ours['bytes'] / 1e9:.2f} | {ours['predicted_tokens_s']:,.0f} "
             f"| {ours['tokens_s']:,.0f} | {ours['predicted_ms'] / ours['ms']:.2f} | {ours['generate_tokens_s']:,.0f} "
-            + (f"| {theirs:,.0f} | {ours['generate_tokens_s'] / theirs:.2f} |" if theirs else "| – | – |")
+            + (
+                f"| {theirs:,.0f} | {peer['how']} | {ours['generate_tokens_s'] / theirs:.2f} |"
+                if theirs
+                else "| – " * 3 + "|"
+            )
         )
     return "\n".join([*text, ""])
 
@@ -136,7 +147,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     batches = sorted({batch for _, batch in pairs})
     figure = Figure(figsize=(5.2 * len(batches), 4), layout="constrained")
     bars = (("ours", "tokens_s", "attnzoo.hf.generate"), ("ours", "generate_tokens_s", "generate in graphed"),
-            ("transformers", "generate_tokens_s", "transformers"))  # fmt: skip
+            ("transformers", "generate_tokens_s", "transformers' best"))  # fmt: skip
     for panel, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         names = [name for name in MECHANISMS if (name, batch) in pairs]
         for number, (side, key, label) in enumerate(bars):
@@ -154,7 +165,8 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _pairs(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, Mapping[str, Any]]]:
+    """Both sides of each mechanism and batch; of the ways that transformers has, the fastest."""
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.get("generate_tokens_s", 0)):
         found.setdefault((row["mechanism"], row["batch"]), {})[row["side"]] = row
-    return found
+    return dict(sorted(found.items(), key=lambda item: (MECHANISMS.index(item[0][0]), item[0][1])))
