@@ -17,7 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from recipes.evaluate import Evaluation
 
 # Keys whose value changes no number that a run gives, so that a resume may change them.
-FREE_TO_CHANGE = ("resume", "logger", "checkpoint", "trainer.log_every_n_steps", "trainer.progress_bar", "speed")
+FREE_TO_CHANGE = (
+    "resume",
+    "logger",
+    "checkpoint",
+    "trainer.log_every_n_steps",
+    "trainer.progress_bar",
+    "speed",
+    "common",
+)
 
 PACKAGES = (
     "attnzoo",

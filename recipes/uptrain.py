@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,17 +20,18 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.check import check_config
 from recipes.checkpointing import Checkpoints, last_checkpoint
+from recipes.common import Common, of_model
 from recipes.convert import changes_attention, convert_folder, local_folder, read_spec
 from recipes.data import TextDataModule
-from recipes.evaluate import evaluate
+from recipes.evaluate_tasks import require_harness
 from recipes.export import export
+from recipes.judge import Judge
 from recipes.length import training_steps
 from recipes.models import load_model, load_tokenizer
 from recipes.module import Uptraining
 from recipes.report import write_report
 from recipes.run_folder import RunFolder, git_commit
 from recipes.trainer import (
-    as_trained,
     build_loggers,
     build_trainer,
     choose_precision,
@@ -66,12 +68,14 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     """Runs the main job in the folder of `run`; what an earlier, interrupted start has finished is not done again."""
     OmegaConf.resolve(config)
     check_config(config)
+    require_harness(config.evaluate.harness.tasks)
     config.trainer.precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     seed_everything(config.seed, verbose=False)
     source = local_folder(config.model)
     spec = read_spec(config.attention)
     convert = changes_attention(source, spec)
-    start = run.converted if convert else source
+    common = Common(config.common)
+    start = common.place("converted", identity(config, source), own=run.converted) if convert else source
     tokenizer = load_tokenizer(config.model)
     steps = count_steps(config)
     data = open_data(config, tokenizer, source)
@@ -80,19 +84,13 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
         return
     run.start(config, seeds={"everything": config.seed, "convert": config.convert.seed})
 
-    def judge(name: str, folder: Path) -> None:
-        if name not in run.evaluations:
-            log.info("evaluating the %s model", name)
-            model = load_model({**config.model, "path": str(folder)})
-            with as_trained(config.trainer) as device:
-                run.add(evaluate(model, data.val_batches(), name=name, speed=config.speed, device=device))
-
-    if convert and not start.is_dir():
-        log.info("converting %s to %s", source, spec)
-        convert_folder(source, spec, start, config.convert)
-    judge("original", source)
+    judge = Judge(config, run, data, tokenizer, common)
     if convert:
-        judge("converted", start)
+        log.info("converting %s to %s", source, spec)
+        common.once(start, lambda: convert_folder(source, spec, start, config.convert))
+    judge("original", source, in_common=True)
+    if convert:
+        judge("converted", start, in_common=True)
     log.info("training for %d steps", steps)
     model, curve = train(config, run, data, start=start, steps=steps)
     if not run.uptrained.is_dir():
@@ -100,6 +98,11 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     judge("uptrained", run.uptrained)
     write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=summary(config, steps, curve))
     log.info("the uptrained model lies in %s, the report in %s", run.uptrained, run.path / "report.md")
+
+
+def identity(config: DictConfig, source: Path) -> list[Any]:
+    """What tells the converted model of a run from those of others."""
+    return [of_model(source), *(OmegaConf.to_container(group) for group in (config.attention, config.convert))]
 
 
 def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Path) -> TextDataModule:
@@ -170,7 +173,10 @@ def train(
         seed=config.seed,
     )
     validation = Validation(
-        data.val_batches, every_n_steps=config.validation.every_n_steps, limit=config.validation.batches
+        data.val_domains,
+        every_n_steps=config.validation.every_n_steps,
+        at_tokens=config.validation.at_tokens,
+        limit=config.validation.batches,
     )
     checkpoints = Checkpoints(run.checkpoints, **config.checkpoint)
     resumed = last_checkpoint(run.checkpoints)

@@ -1,8 +1,8 @@
-"""Held-out cross-entropy while training, and the curve that it makes."""
+"""Held-out cross-entropy while training, by domain, and the curve that it makes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,22 +15,32 @@ from recipes.packed import Batch, count_targets
 
 
 class Validation(Callback):
-    """Measures before the first step, every `every_n_steps` steps and after the last one.
+    """Measures before the first step, every `every_n_steps` steps, once so many tokens are trained on, and at the end.
 
     A callback and not Lightning's validation loop, whose place in the order of a step makes a run that was killed at a
-    validation measure it twice or never. `curve` is part of the checkpoints.
+    validation measure it twice or never. `curve` is part of the checkpoints: step, tokens, cross_entropy, the mean of
+    the domains', and where there are several, theirs under `domains`.
 
     Args:
-        batches: gives the held-out batches anew at each call.
+        domains: gives the held-out batches of each domain anew at each call.
         every_n_steps: optimizer steps between two measurements.
-        limit: how many batches to measure, the same ones each time; None takes all.
+        at_tokens: numbers of tokens after which to measure too, at the first step that reaches them.
+        limit: how many batches of each domain to measure, the same ones each time; None takes all.
     """
 
-    def __init__(self, batches: Callable[[], Iterable[Batch]], *, every_n_steps: int, limit: int | None = None) -> None:
-        self.batches = batches
+    def __init__(
+        self,
+        domains: Callable[[], Mapping[str, Iterable[Batch]]],
+        *,
+        every_n_steps: int,
+        at_tokens: Sequence[float] = (),
+        limit: int | None = None,
+    ) -> None:
+        self.domains = domains
         self.every_n_steps = every_n_steps
+        self.at_tokens = at_tokens
         self.limit = limit
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
         self._cross_entropy = NextToken()
 
     def on_train_start(self, trainer: Trainer, module: Uptraining) -> None:  # type: ignore[override]
@@ -39,7 +49,9 @@ class Validation(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Uptraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == module.total_steps:
+        measured = self.curve[-1]["tokens"] if self.curve else 0
+        reached = any(measured < tokens <= module.tokens for tokens in self.at_tokens)
+        if reached or step % self.every_n_steps == 0 or step == module.total_steps:
             module.log("val/cross_entropy", self._measure(trainer, module), prog_bar=True, logger=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,20 +62,26 @@ class Validation(Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, module: Uptraining) -> float:
-        """The token-weighted mean over all batches, which the ranks share out."""
+        """The mean over the domains of the mean over their tokens, which the ranks share out."""
         module.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # loss, tokens
+        domains = self.domains()
+        sums = torch.zeros(len(domains), 2, dtype=torch.float64, device=module.device)  # loss, tokens
         with trainer.precision_plugin.val_step_context():
-            for batch in islice(self.batches(), trainer.global_rank, self.limit, trainer.world_size):
-                batch = trainer.strategy.batch_to_device(batch)
-                sums[0] += self._cross_entropy(module.model, batch)
-                sums[1] += count_targets(batch)
+            for row, batches in zip(sums, domains.values(), strict=True):
+                for batch in islice(batches, trainer.global_rank, self.limit, trainer.world_size):
+                    batch = trainer.strategy.batch_to_device(batch)
+                    row[0] += self._cross_entropy(module.model, batch)
+                    row[1] += count_targets(batch)
         module.train()
-        loss, tokens = module.sum_over_ranks(sums).tolist()
-        if not tokens:
-            raise ValueError("the held-out data gives no token to predict")
-        value = loss / tokens
-        self.curve.append({"step": trainer.global_step, "tokens": module.tokens, "cross_entropy": value})
+        means = {}
+        for name, (loss, tokens) in zip(domains, module.sum_over_ranks(sums).tolist(), strict=True):
+            if not tokens:
+                raise ValueError(f"the held-out data ({name}) gives no token to predict")
+            means[name] = loss / tokens
+        value = sum(means.values()) / len(means)
+        point = {"step": trainer.global_step, "tokens": module.tokens, "cross_entropy": value}
+        self.curve.append(point | ({"domains": means} if len(means) > 1 else {}))
         for logger in trainer.loggers:  # not module.log, which would repeat the value at every later step
-            logger.log_metrics({"val/cross_entropy": value}, step=trainer.global_step)
+            by_domain = {f"val/cross_entropy_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+            logger.log_metrics({"val/cross_entropy": value, **by_domain}, step=trainer.global_step)
         return value
