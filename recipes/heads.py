@@ -1,11 +1,11 @@
-"""A causal language model as a backbone and a linear head, so that a loss can take the head's logits chunk by chunk."""
+"""What a causal language model makes of its last hidden states, so that a loss can take the logits chunk by chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,63 +14,65 @@ from torch import Tensor, nn
 GAIN = 50.0  # the probe's logits are enlarged by it, or a softcap would hardly show in those of a small model
 
 
-@dataclass(frozen=True)
-class Head:
-    """`hidden(...)` times the output embeddings, and what the family does to the logits.
+class Head(NamedTuple):
+    """The logits are softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias), or z itself."""
 
-    The logits are softcap * tanh(z / softcap) with z = logit_scale * (hidden @ weight.T + bias), or z itself.
-    """
-
-    backbone: nn.Module
-    output: nn.Linear
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
     softcap: float | None
     logit_scale: float
 
-    def hidden(self, **inputs: Any) -> Tensor:
-        """What the head is applied to, `[B, S, D]`, of the inputs that the whole model would get."""
-        return self.backbone(**inputs).last_hidden_state
 
-    def arguments(self) -> dict[str, Any]:
-        """weight, bias, softcap and logit_scale, as the losses of `recipes.losses` take them."""
-        numbers = {"softcap": self.softcap, "logit_scale": self.logit_scale}
-        return {"weight": self.output.weight, "bias": self.output.bias, **numbers}
+def head_of(model: nn.Module) -> Head:
+    """The head of a transformers causal language model, with its parameters as they are now.
+
+    Raises ValueError as `check_head` does, which is asked at a model's first call.
+    """
+    if model not in _RULES:
+        check_head(model)
+    output = model.get_output_embeddings()
+    return Head(output.weight, output.bias, *_RULES[model])
 
 
-def find_head(model: nn.Module) -> Head | None:
-    """The head of a transformers causal language model, or None where its logits are made in another way.
+def check_head(model: nn.Module) -> None:
+    """Raise ValueError for a model whose logits are made in another way than `Head` says.
 
-    The model itself is asked, once, on eight tokens: its logits have to be what `Head` says of them. Ask before
-    `torch.compile` and before the weights are shared out over devices.
+    The model itself is asked, once, on eight tokens: so no family is taken for another.
     """
     output = model.get_output_embeddings()
-    backbone = model.base_model if hasattr(model, "base_model") else None
-    if type(output) is not nn.Linear or backbone is None or backbone is model:
-        return None
-    seen = _probe(model, backbone, output)
-    if seen is None:
-        return None
-    raw, logits = seen
-    for scale, softcap in _candidates(model.config):
-        z = raw * scale
+    backbone = getattr(model, "base_model", model)
+    seen = None if type(output) is not nn.Linear or backbone is model else _probe(model, backbone, output)
+    for scale, softcap in _candidates(model.config) if seen is not None else ():
+        z = seen.raw * scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        if _same(z, logits):
-            return Head(backbone, output, softcap, scale)
-    return None
+        if _same(z, seen.logits):
+            _RULES[model] = (softcap, scale)
+            return
+    raise ValueError(
+        f"model: {type(model).__name__} does not make its logits by one matrix from its last hidden states, with at "
+        "most a factor and a softcap; the losses need that"
+    )
+
+
+class _Seen(NamedTuple):
+    raw: Tensor  # enlarged products of hidden states and head, fp32
+    logits: Tensor  # what the model made of them, fp32
+
+
+# Softcap and factor of models that were asked.
+_RULES: WeakKeyDictionary[nn.Module, tuple[float | None, float]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tensor] | None:
-    """Enlarged products of hidden states and head, and the logits that the model makes of them; fp32.
-
-    None where the head does not take the backbone's last hidden states as they are, or does more than multiply.
-    """
-    seen: dict[str, Any] = {}
+def _probe(model: nn.Module, backbone: nn.Module, output: nn.Linear) -> _Seen | None:
+    """None where the head takes something else than the last hidden states, or does more than multiply."""
+    kept: dict[str, Any] = {}
 
     def at_backbone(module: nn.Module, args: Any, out: Any) -> None:
-        seen["hidden"] = getattr(out, "last_hidden_state", None)
+        kept["hidden"] = getattr(out, "last_hidden_state", None)
 
     def at_head(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        seen["input"], seen["raw"] = args[0], out
+        kept["input"], kept["raw"] = args[0], out
         return GAIN * out
 
     device = output.weight.device
@@ -79,9 +81,9 @@ def _probe(model: nn.Module, backbone: nn.Module, output: nn.Linear) -> tuple[Te
     training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             logits = model(input_ids=ids, use_cache=False).logits
-            hidden, taken, raw = seen.get("hidden"), seen.get("input"), seen.get("raw")
+            hidden, taken, raw = kept.get("hidden"), kept.get("input"), kept.get("raw")
             if hidden is None or taken is None or not torch.equal(hidden, taken):
                 return None
             if not _same(raw.float(), F.linear(taken, output.weight, output.bias).float()):
@@ -90,7 +92,7 @@ def _probe(model: nn.Module, backbone: nn.Module, output: nn.Linear) -> tuple[Te
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return GAIN * raw.float(), logits.float()
+    return _Seen(GAIN * raw.float(), logits.float())
 
 
 def _candidates(config: Any) -> Iterator[tuple[float, float | None]]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipes.heads import find_head
+from recipes.heads import check_head, head_of
 
 SMALL = {
     "vocab_size": 50,
@@ -42,24 +42,32 @@ def tiny(family, **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_s_logits_are_the_model_s(family, more, softcap, scale, dtype):
     model = tiny(family, **more).to(dtype)
-    head = find_head(model)
-    assert (head.softcap, head.logit_scale) == (softcap, scale)
+    head = head_of(model)
+    assert (head.softcap, head.logit_scale) == (softcap, scale) and head.weight is model.get_output_embeddings().weight
     ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(1))
-    head.backbone.eval()
+    model.eval()
     with torch.no_grad():
-        logits = F.linear(head.hidden(input_ids=ids, use_cache=False), head.arguments()["weight"], head.output.bias)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = F.linear(hidden, head.weight, head.bias)
         logits = logits * scale if softcap is None else softcap * torch.tanh(logits * scale / softcap)
-        torch.testing.assert_close(logits, model.eval()(input_ids=ids).logits, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=2e-2, atol=1e-2)
 
 
 def test_asking_leaves_the_model_as_it_was():
     model = tiny("llama").train()
-    find_head(model)
+    check_head(model)
     assert model.training and not model.lm_head._forward_hooks and not model.model._forward_hooks
 
 
+def test_a_model_that_is_compiled_already_is_asked_without_compiling():
+    model = tiny("llama")
+    seen = []
+    model.compile(backend=lambda graph, inputs: seen.append(graph) or graph.forward)
+    assert head_of(model).logit_scale == 1.0 and not seen
+
+
 @pytest.mark.parametrize("spoil", ["logits", "hidden", "linear"])
-def test_a_model_that_does_anything_else_to_its_logits_has_no_head(spoil):
+def test_a_model_that_does_anything_else_to_its_logits_is_refused(spoil):
     model = tiny("llama")
     if spoil == "logits":
         model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits.square()))
@@ -67,4 +75,5 @@ def test_a_model_that_does_anything_else_to_its_logits_has_no_head(spoil):
         model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     else:
         model.lm_head.register_forward_hook(lambda module, args, out: out + 0.5)
-    assert find_head(model) is None
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not make its logits"):
+        head_of(model)
