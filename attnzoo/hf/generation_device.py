@@ -10,6 +10,7 @@ from torch import Tensor
 from attnzoo.caches import PagedCache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.ops.decoding import Rows, Stored
+from attnzoo.ops.decoding.store import places, store
 
 
 class Clock:
@@ -90,16 +91,7 @@ class OnDevice:
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Put the step's `k [B, Hk, 1, D]` and `v [B, Hk, 1, Dv]` in their places."""
-        held = self._stored
-        blocks, slots = self._place(self.clock.before)
-        for parts, new, encode in ((held.k, k, self._encode[0]), (held.v, v, self._encode[-1])):
-            vectors = new[:, :, 0]  # [B, Hk, D]
-            for part, code in zip(parts, encode(vectors) if len(parts) > 1 else (vectors,), strict=True):
-                part[blocks, :, slots] = code
-        if held.recent is not None:
-            slots = self.clock.before % held.recent.size
-            held.recent.k[0][self.clock.rows, :, slots] = k[:, :, 0]
-            held.recent.v[0][self.clock.rows, :, slots] = v[:, :, 0]
+        store(self._stored, k, v, self.clock.before, (self._encode[0], self._encode[-1]))
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys `[B, Hk, n, D]` and values `[B, Hk, n, Dv]` by position from `first` on, as wide as the longest row may
@@ -109,7 +101,7 @@ class OnDevice:
         first = self.first[:, None] if isinstance(self.first, Tensor) else self.first
         positions = first + torch.arange(count, device=self.clock.rows.device)[None]  # [1 or B, n]
         positions = positions.expand(len(self.clock.rows), -1)
-        blocks, slots = self._place(positions)
+        blocks, slots = places(held, positions)
         whole = [_decoded(parts, blocks, slots, held.dtype) for parts in (held.k, held.v)]
         if held.recent is not None and held.kept is not None:
             kept = held.kept.base if held.kept.more is None else held.kept.base + held.kept.more[:, None]
@@ -125,14 +117,6 @@ class OnDevice:
         self.memory._rows.add(steps)
         if isinstance(self.memory, PagedCache):
             self.memory._count_ready(self.memory.row_lengths())
-
-    def _place(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks and slots of positions `[B]` or `[B, n]`."""
-        held = self._stored
-        rows = self.clock.rows if positions.dim() == 1 else self.clock.rows[:, None]
-        if held.table is not None:
-            return held.table[rows, positions // held.size].long(), positions % held.size
-        return rows, positions % held.size if held.ring else positions
 
 
 def _decoded(parts: tuple[Tensor, ...], blocks: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:

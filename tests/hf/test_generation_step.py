@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
 from attnzoo import GQA, MLA, Linear, ops
-from attnzoo.hf import generation_cache, generation_graph
+from attnzoo.hf import generation_cache, generation_device, generation_graph
 from attnzoo.hf.generation_build import _maker
 from attnzoo.hf.generation_device import Clock, OnDevice
 from attnzoo.hf.generation_graph import Step, graphed
 from attnzoo.masks import Causal, SlidingWindow
+from attnzoo.ops.decoding.store import store
 from tests.hf.conftest import padding
 from tests.hf.test_generation import NEW, cache_of, greedy
 
@@ -79,6 +82,21 @@ def test_what_was_written_on_the_device_is_what_the_host_finds_afterwards(kind):
         count = length + 1 - int(first[row])
         want = keys[row, :, int(first[row]) : length + 1]
         torch.testing.assert_close(got[row, :, :count], want, rtol=0, atol=0.02 if "int8" in kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "latent"), [*((kind, False) for kind in KINDS), ("contiguous", True), ("paged_int8", True)]
+)
+def test_one_kernel_writes_what_plain_operations_do(kind, latent, monkeypatch):
+    held = {}
+    for fused in (True, False):
+        monkeypatch.setattr(generation_device, "store", partial(store, fused=fused))
+        held[fused] = filled(kind, latent=latent)[0].stored()
+    for one in ("k", "v"):
+        pairs = list(zip(getattr(held[True], one), getattr(held[False], one), strict=True))
+        pairs += [] if held[True].recent is None else [(getattr(half.recent, one)[0] for half in held.values())]
+        for got, want in pairs:
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 class _Asked(TorchDispatchMode):

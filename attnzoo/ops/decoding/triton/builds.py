@@ -7,6 +7,7 @@ from typing import Any
 from attnzoo.ops.decoding.triton.kernels import decode_kernel
 from attnzoo.ops.decoding.triton.merging import merge_kernel
 from attnzoo.ops.decoding.triton.plan import tiles_for
+from attnzoo.ops.decoding.triton.storing import store_kernel
 from attnzoo.ops.launching import Build, Builds
 
 _ROWS = ("LENGTHS", "STARTS", "KEPT")
@@ -26,9 +27,31 @@ def builds() -> Builds:
     yield _build("decode int8 asymmetric", codes=2, SOFTCAP=True)
     yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
     yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
+    yield from _stores()
     signature = {"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16", "splits": "i32", "heads": "i32"}
     constants = {"SINKS": None, "Q_LEN": 1, "DV": 128, "BLOCK_S": 64, "BLOCK_DV": 128, "EARLY": False}
     yield Build("merge", merge_kernel, signature, constants)
+
+
+def _stores() -> Builds:
+    """What appends: vectors as they are, wide latents, into a ring, and codes into pages."""
+    yield _store("store", {})
+    yield _store("store latent", {}, D=512, DV=64)
+    yield _store("store ring", {}, RING=True)
+    codes = {"K_OUT": "*i8", "V_OUT": "*i8", "K_SCALE": "*fp32", "V_SCALE": "*fp32", "TABLE": "*i32"}
+    yield _store("store int8 paged", codes | {"RECENT_K": "*bf16", "RECENT_V": "*bf16"}, D=72, DV=72)
+
+
+def _store(name: str, more: dict[str, str], **changes: Any) -> Build:
+    types = {"BEFORE": "*i64"} | dict.fromkeys(("K", "V", "K_OUT", "V_OUT"), "*bf16") | more
+    constants: dict[str, Any] = {"D": 128, "DV": 128, "RING": False, "QUANT": "K_SCALE" in more} | changes
+    constants |= {f"BLOCK_{side}": 1 << (constants[side] - 1).bit_length() for side in ("D", "DV")}
+    constants["RECENT"] = "RECENT_K" in more
+    numbers = {argument: "i32" for argument in store_kernel.arg_names if argument.islower()}
+    constants |= {argument: None for argument in store_kernel.arg_names if argument not in types | constants | numbers}
+    signature = {argument: (types | numbers).get(argument) for argument in store_kernel.arg_names}
+    given = {argument: kind for argument, kind in signature.items() if kind is not None}
+    return Build(name, store_kernel, given, constants, 4 if constants["D"] > 256 else 1)
 
 
 def _build(
