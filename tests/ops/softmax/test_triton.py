@@ -82,6 +82,8 @@ OPTIONS = [
     Case("padding, causal, sinks", mask=Causal(), options=lengths(1, 0) | {"sinks": draw(4)}, heads=(4, 2)),
     Case("packed", mask=Causal(), options={"cu_seqlens_q": CU}, **PACKED),
     Case("packed, long boundaries", options={"cu_seqlens_q": CU.long()}, **PACKED),
+    Case("packed, tiles inside a document", mask=Causal(), options={"cu_seqlens_q": torch.tensor([0, 5, 75]), "sinks":
+         draw(2)}, lengths=(78, 78), batch=1),
     Case("packed, other keys", mask=SlidingWindow(4), options={"cu_seqlens_q": CU, "cu_seqlens_k": CU_K}, **PACKED),
     Case("packed, one empty document", options={"cu_seqlens_q": torch.tensor([0, 0])}, **PACKED),
     Case("softcap", mask=Causal(), options={"softcap": 2.0}),

@@ -77,6 +77,13 @@ def key_gradient_tiles(size: Size) -> Tiles:
     return Tiles(64, 64, 4, 3)
 
 
+def bias_gradient_tiles(size: Size) -> Tiles:
+    """For the bias, whose kernel holds tiles of q, k, v and the output's gradient at once."""
+    if size.dtype != torch.float32 and size.wide > 128:
+        return Tiles(64, 64 if size.hopper else 32, 4, 1)
+    return query_gradient_tiles(size)
+
+
 def _fp32(size: Size) -> Tiles:
     """For products without tensor cores, or of twice the bytes."""
     if size.wide > 128:

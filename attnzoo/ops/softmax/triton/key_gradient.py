@@ -10,6 +10,7 @@ import triton.language as tl
 
 from attnzoo.ops.softmax.triton.tiles import (
     UNSPECIALISED,
+    accumulate,
     copied,
     count_partial,
     document_of,
@@ -23,6 +24,7 @@ from attnzoo.ops.softmax.triton.tiles import (
     score,
     sequence,
     stages,
+    statistics_start,
 )
 
 
@@ -149,6 +151,7 @@ def key_gradient_kernel(
             acc_k1 = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], tl.float32)
             acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             u = u_row[:, None]
+            row_start = statistics_start(number, q_start, PACKED)
 
             for WALK in tl.static_range(3 if ENDS == 2 else 2):
                 for member in tl.range(0, GROUP):
@@ -158,7 +161,7 @@ def key_gradient_kernel(
                     if PACKED or STEP > 1:
                         q_base += q_start.to(tl.int64) * stride_qs
                         do_base += q_start.to(tl.int64) * stride_dos
-                    row_base = (batch.to(tl.int64) * heads + head) * stride_rows + q_start
+                    row_base = (batch.to(tl.int64) * heads + head) * stride_rows + row_start
                     bias_base = bias
                     if bias is not None:
                         bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
@@ -222,8 +225,8 @@ def key_gradient_kernel(
                             row_lse = tl.load(lse2 + row_base + t_row * STEP)
                             row_delta = tl.load(delta + row_base + t_row * STEP)
                         else:
-                            row_lse = lse2_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
-                            row_delta = delta_tiles.load([batch * heads + head, q_start + start]).reshape([BLOCK_M])
+                            row_lse = lse2_tiles.load([batch * heads + head, row_start + start]).reshape([BLOCK_M])
+                            row_delta = delta_tiles.load([batch * heads + head, row_start + start]).reshape([BLOCK_M])
                         if not copied(WALK, ENDS) or q_tiles is None:
                             q0 = load_rows(q_base, start, stride_qs * STEP, there, BLOCK_M, 0, BLOCK_D, D)
                         else:
@@ -265,14 +268,14 @@ def key_gradient_kernel(
                             keep = kept(seed, batch * heads + head, q_start + t * STEP, k_start + u * STEP, dropout_p)
                             dropped = tl.where(keep, p * (1.0 / (1.0 - dropout_p)), 0.0)
                             dp = tl.where(keep, dp * (1.0 / (1.0 - dropout_p)), 0.0)
-                        acc_v = tl.dot(dropped.to(do.dtype), do, acc_v, input_precision=PRECISION)
+                        acc_v = accumulate(acc_v, dropped.to(do.dtype), do, scale, PRECISION)
                         ds = weight * (dp - row_delta[None, :])
                         if not copied(WALK, ENDS):
                             ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may be NaN, and so its dp
                         ds = ds.to(q0.dtype)
-                        acc_k0 = tl.dot(ds, q0, acc_k0, input_precision=PRECISION)
+                        acc_k0 = accumulate(acc_k0, ds, q0, scale, PRECISION)
                         if BLOCK_E > 0:
-                            acc_k1 = tl.dot(ds, q1, acc_k1, input_precision=PRECISION)
+                            acc_k1 = accumulate(acc_k1, ds, q1, scale, PRECISION)
 
             exists = u < k_rows
             real = real[:, None]

@@ -67,17 +67,20 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
 
 def backward(
     d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, x: Arguments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, laid out as these are, and delta `[B, Hq, Sq]`, of which those of sinks are made."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, laid out as these are; and what those of sinks and bias are made of, a number a row:
+    the logsumexp times log2(e), +inf where a query sees no key, and delta. Rows are those of q, or, where documents are
+    packed, have gaps between."""
     d_q, d_k, d_v = empty_as(x.q), empty_as(x.k), empty_as(x.v)
-    # Rows padded, so that the copy engine takes them.
-    rows = -(-lse.shape[2] // 128) * 128
+    rows = lse.shape[2] if x.cu_q is None else lse.shape[2] + 4 * x.cu_q.shape[0]  # see `statistics_start`
+    rows = -(-rows // 128) * 128  # padded, so that the copy engine takes them
     lse2, delta = (lse.new_empty(*lse.shape[:2], rows) for _ in range(2))  # rows of d_out times out, less d_lse
     if x.cu_q is not None:
-        for t in (d_q, d_k, d_v, lse2, delta):
+        for t in (d_q, d_k, d_v, delta):
             t.zero_()
+        lse2.fill_(math.inf)
     if d_q.numel() == 0 or d_k.numel() == 0:
-        return d_q.zero_(), d_k.zero_(), d_v.zero_(), torch.zeros_like(lse)
+        return d_q.zero_(), d_k.zero_(), d_v.zero_(), torch.full_like(lse, math.inf), torch.zeros_like(lse)
     x = _with_plain_rows(x)
     d_out = _plain_rows(d_out)
     pattern = pattern_of(x)
@@ -120,7 +123,8 @@ def backward(
     )
     key_constants |= {"ENDS": ends, "PARTIAL_STAGES": 1}  # registers are short there
     _launch(key_gradient_kernel, each * x.k.shape[0] * x.k.shape[1], arguments, key_constants, key_tiles)
-    return d_q, d_k, d_v, delta[..., : lse.shape[2]]
+    rows = rows if x.cu_q is not None else lse.shape[2]
+    return d_q, d_k, d_v, lse2[..., :rows], delta[..., :rows]
 
 
 def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape: torch.Size) -> Tensor:
@@ -137,7 +141,7 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     if d_bias.numel() == 0 or x.q.shape[0] == 0:
         return d_bias.zero_().sum_to_size(own).reshape(shape).to(dtype)
     pattern = pattern_of(x, split=False)
-    tiles = config.query_gradient_tiles(size_of(x, pattern, _capability(x)))
+    tiles = config.bias_gradient_tiles(size_of(x, pattern, _capability(x)))
     constants = _constants(x, pattern, tiles)
     grid = own[0] * own[1] * -(-x.q.shape[2] // tiles.m) * -(-x.k.shape[2] // tiles.n)
     arguments = (

@@ -74,10 +74,10 @@ def _differentiate(
     tensors = (q, k, v, sinks, bias, slopes, dense, key_lengths, cu_q, cu_k, seed)
     x = _arguments(*tensors, mask, scale, softcap, dropout_p)
     d_lse = None if d_lse is None else d_lse.contiguous()  # that of a sum is one number, expanded
-    d_q, d_k, d_v, delta = launch.backward(d_out, d_lse, out, lse, x)
+    d_q, d_k, d_v, lse2, delta = launch.backward(d_out, d_lse, out, lse, x)
     d_sinks = q.new_empty(0, dtype=torch.float32)
     if sinks is not None:
-        share = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == -math.inf, 0)  # of each row's softmax
+        share = torch.exp2(sinks.float()[:, None] * math.log2(math.e) - lse2)  # of each row's softmax
         d_sinks = -(share * delta).sum((0, 2))
     d_bias = q.new_empty(0)
     if bias is not None and bias_gradient:

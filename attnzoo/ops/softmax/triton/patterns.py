@@ -96,9 +96,12 @@ def _lower(mask: Mask, length: int, device: torch.device) -> Pattern:
 
 def _parts(mask: Mask) -> list[Mask]:
     """The masks that a mask is made of."""
+    # By name, since torch.compile cannot ask an object for all that it holds.
     if isinstance(mask, PerHead):
         return list(mask.masks)
-    return [value for value in vars(mask).values() if isinstance(value, Mask)]
+    if isinstance(mask, And | Or):
+        return [mask.first, mask.second]
+    return [mask.mask] if isinstance(mask, Blockwise) else []
 
 
 def _differences(mask: Mask) -> list[list[int]]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from attnzoo.ops.softmax.triton.tiles import (
     LOG2E,
     UNSPECIALISED,
+    accumulate,
     copied,
     count_partial,
     document_of,
@@ -25,6 +26,7 @@ from attnzoo.ops.softmax.triton.tiles import (
     score,
     sequence,
     stages,
+    statistics_start,
 )
 
 
@@ -168,7 +170,8 @@ def query_gradient_kernel(
             row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
             if d_lse is not None:
                 row_delta -= tl.load(d_lse + rows, mask=sees_any, other=0.0)
-            padded = (batch.to(tl.int64) * heads + head) * stride_rows + q_start + t_row * STEP
+            row_base = (batch.to(tl.int64) * heads + head) * stride_rows
+            padded = row_base + statistics_start(number, q_start, PACKED) + t_row * STEP
             written = exists
             if ENDS == 1:  # the copy engine reads the padding of the last tile too
                 written = t_row < stride_rows
@@ -278,9 +281,9 @@ def query_gradient_kernel(
                         if not copied(WALK, ENDS):
                             ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may be NaN, and so is bent
                     ds = ds.to(k0.dtype)
-                    acc0 = tl.dot(ds, k0, acc0, input_precision=PRECISION)
+                    acc0 = accumulate(acc0, ds, k0, scale, PRECISION)
                     if BLOCK_E > 0:
-                        acc1 = tl.dot(ds, k1, acc1, input_precision=PRECISION)
+                        acc1 = accumulate(acc1, ds, k1, scale, PRECISION)
 
             dq_base = d_q + batch.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
             at_rows = dq_base + (q_start + t_row * STEP).to(tl.int64)[:, None] * stride_dqs

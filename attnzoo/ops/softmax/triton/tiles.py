@@ -96,6 +96,16 @@ def sequence(
 
 
 @triton.jit
+def statistics_start(number, q_start, PACKED: tl.constexpr):
+    """Where the row statistics of a sequence start: those of a document behind those of the document before, at a
+    multiple of 16 bytes, since the copy engine starts nowhere else."""
+    start = q_start
+    if PACKED:
+        start = (q_start // 4 + number) * 4
+    return start
+
+
+@triton.jit
 def key_range(
     first, rows, shift, k_seen, window, ahead, BLOCK_N: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
 ):
@@ -197,6 +207,18 @@ def load_tile(tiles, batch, head, row, COUNT: tl.constexpr, BLOCK: tl.constexpr)
     """COUNT rows from `row` on, all of which exist, through a tensor descriptor: Hopper copies them by itself (TMA),
     which costs no registers for addresses."""
     return tiles.load([batch, head, row, 0]).reshape([COUNT, BLOCK])
+
+
+@triton.jit
+def accumulate(acc, a, b, scale, PRECISION: tl.constexpr):
+    """acc + a @ b. In full fp32 each tile is summed by itself: one chain of thousands of additions rounds more than
+    plain PyTorch does."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        nothing = tl.zeros_like(acc) + scale * 0.0  # a zero that the compiler does not know, or it would join the sums
+        acc += tl.dot(a, b, nothing, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
