@@ -6,6 +6,8 @@ the cache, so that a chunk crosses the memory bus once in each direction.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,17 +41,22 @@ def losses_of_rows(
         *(rule.scale, rule.softcap, rule.teacher_scale, rule.teacher_softcap, 1 / rule.temperature),
         *(rule.ce_weight, rule.kl_weight),
     )
-    constants = {
+    constants = constants_of(vocabulary) | {
         "CAPPED": rule.softcap > 0,
         "TEACHER_CAPPED": rule.teacher_softcap > 0,
         "TEMPERED": rule.temperature != 1,
         "GRADIENT": rule.gradient,
         "TOP": 0 if ids is None else triton.next_power_of_2(ids.shape[1]),
-        "BLOCK": min(BLOCK, triton.next_power_of_2(vocabulary)),
-        "UNTARGETED": IGNORED,
-        "LEAST": LEAST_REST,
     }
     _launch((tokens,), arguments, constants, num_warps=WARPS, num_stages=1)
+
+
+def constants_of(vocabulary: int) -> dict[str, Any]:
+    """The kernel's constants for plain logits."""
+    return {
+        **{"CAPPED": False, "TEACHER_CAPPED": False, "TEMPERED": False, "GRADIENT": True, "TOP": 0},
+        **{"BLOCK": min(BLOCK, triton.next_power_of_2(vocabulary)), "UNTARGETED": IGNORED, "LEAST": LEAST_REST},
+    }
 
 
 @triton.jit
@@ -111,8 +118,8 @@ def rows_kernel(
         target = tl.load(targets + row).to(tl.int32)
         has_target = target != UNTARGETED
         inside = has_target & (target >= 0) & (target < vocabulary)
-        raw = tl.load(p_row + target, mask=inside, other=float("nan")).to(tl.float32)
-        y_target = curve(raw, scale, softcap, CAPPED)
+        raw_target = tl.load(p_row + target, mask=inside, other=float("nan")).to(tl.float32)
+        y_target = curve(raw_target, scale, softcap, CAPPED)
     has_kl = KL
     if KL and rows is not None:
         has_kl = tl.load(rows + row).to(tl.int1)
@@ -124,8 +131,8 @@ def rows_kernel(
         taken = (places < top) & has_kl
         b_ids = tl.load(ids + row * top + places, mask=taken, other=0).to(tl.int32)  # [TOP]
         log_p = tl.load(logprobs + row * top + places, mask=taken, other=float("-inf")).to(tl.float32)
-        raw = tl.load(p_row + b_ids, mask=taken, other=float("-inf")).to(tl.float32)
-        y_top = curve(raw, scale, softcap, CAPPED)
+        raw_top = tl.load(p_row + b_ids, mask=taken, other=float("-inf")).to(tl.float32)
+        y_top = curve(raw_top, scale, softcap, CAPPED)
         tl.debug_barrier()
         tl.store(p_row + b_ids, tl.full((TOP,), float("-inf"), logits.dtype.element_ty), mask=taken)
     tl.debug_barrier()
@@ -189,8 +196,8 @@ def rows_kernel(
         for start in range(0, vocabulary, BLOCK):
             columns = start + lanes
             here = (columns < vocabulary) & (has_target | has_kl)
-            raw = tl.load(p_row + columns, mask=here, other=float("-inf")).to(tl.float32)
-            y = curve(raw, scale, softcap, CAPPED)
+            raw_y = tl.load(p_row + columns, mask=here, other=float("-inf")).to(tl.float32)
+            y = curve(raw_y, scale, softcap, CAPPED)
             e = tl.exp(y - most)
             d = tl.zeros((BLOCK,), tl.float32)
             if targets is not None:
@@ -209,13 +216,13 @@ def rows_kernel(
             d *= slope(y, scale, softcap, CAPPED)
             tl.store(p_row + columns, d.to(logits.dtype.element_ty), mask=columns < vocabulary)
         if TOP > 0:
-            d = kl_weight * (e_t / all_t - p)
+            d_top = kl_weight * (e_t / all_t - p)
             if targets is not None:
-                d_ce = e_1 / all_1 - tl.where(b_ids == target, 1.0, 0.0)
-                d += tl.where(has_target, ce_weight * d_ce, 0.0)
-            d *= slope(y_top, scale, softcap, CAPPED)
+                d_top_ce = e_1 / all_1 - tl.where(b_ids == target, 1.0, 0.0)
+                d_top += tl.where(has_target, ce_weight * d_top_ce, 0.0)
+            d_top *= slope(y_top, scale, softcap, CAPPED)
             tl.debug_barrier()
-            tl.store(p_row + b_ids, d.to(logits.dtype.element_ty), mask=taken)
+            tl.store(p_row + b_ids, d_top.to(logits.dtype.element_ty), mask=taken)
 
 
 _launch = Launcher(rows_kernel)

@@ -2,8 +2,9 @@
 
     python scripts/compile_kernels.py [--ops softmax linear] [--targets 80 90 100] [--every] [--out report.json]
 
-Each op lists its kernels' specialisations in `attnzoo/ops/<op>/triton/builds.py`. All of them are compiled for sm_90,
-and the first of each kernel for the other targets; with --every all for all. Exits with status 1 if one fails.
+Each op lists its kernels' specialisations in `attnzoo/ops/<op>/triton/builds.py`, the recipes' losses do in
+`recipes/losses_builds.py`. All of them are compiled for sm_90, and the first of each kernel for the other targets; with
+--every all for all. Exits with status 1 if one fails.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("softmax", "decoding", "latent", "linear")
+OPS = ("softmax", "decoding", "latent", "linear", "losses")
 TARGETS = (80, 90, 100)
 MAIN = 90
 
@@ -53,7 +54,7 @@ def main() -> int:
 
 def builds(op: str) -> list:
     """What the op's room lists; nothing where it has no kernels."""
-    name = f"attnzoo.ops.{op}.triton.builds"
+    name = "recipes.losses_builds" if op == "losses" else f"attnzoo.ops.{op}.triton.builds"
     try:
         return list(importlib.import_module(name).builds())
     except ModuleNotFoundError as error:

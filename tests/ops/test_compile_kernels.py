@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/compile_kernels.py"
-OPS = ["softmax", "decoding", "latent", "linear"]
+OPS = ["softmax", "decoding", "latent", "linear", "losses"]
 
 
 def compiled(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
