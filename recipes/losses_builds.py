@@ -9,8 +9,8 @@ from recipes.losses_triton import BLOCK, WARPS, constants_of, rows_kernel
 
 _TYPES = {
     **{"targets": "*i64", "rows": "*i1", "ids": "*i64", "logprobs": "*fp32", "cross_entropy": "*fp32", "kl": "*fp32"},
-    **{name: "i32" for name in ("stride_logits", "stride_teacher", "vocabulary", "top")},
-    **{name: "fp32" for name in ("scale", "softcap", "teacher_scale", "teacher_softcap", "cooling")},
+    **dict.fromkeys(("stride_logits", "stride_teacher", "vocabulary", "top"), "i32"),
+    **dict.fromkeys(("scale", "softcap", "teacher_scale", "teacher_softcap", "cooling"), "fp32"),
     **{"ce_weight": "fp32", "kl_weight": "fp32"},
 }
 

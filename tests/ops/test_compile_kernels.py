@@ -29,7 +29,7 @@ def listed(op: str) -> list[tuple[str, str, int]]:
     """The op's builds: name, kernel, and the compute capability from which on each exists."""
     code = f"""
 import json
-from attnzoo.ops.{op}.triton.builds import builds
+from {"recipes.losses_builds" if op == "losses" else f"attnzoo.ops.{op}.triton.builds"} import builds
 print(json.dumps([(b.name, b.kernel.__name__, b.least) for b in builds()]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
