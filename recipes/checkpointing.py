@@ -1,50 +1,37 @@
-"""Checkpoints of a run: folders of safetensors and JSON that appear whole or not at all, and nothing to unpickle."""
+"""When a run saves, and how it ends when it is asked to stop."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+from recipes import parallel
+from recipes.checkpoint_files import NotWritten, load_whole, read_checkpoint, write_checkpoint
+
+log = logging.getLogger(__name__)
+
+TRY_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, a resume goes on
+INTERRUPTED = 130
 
 
 class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoint dictionary as a folder: its tensors as safetensors, all else as JSON."""
+    """Lightning's checkpoint dictionary as a folder of safetensors and JSON, written and read by one process."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            tensors: dict[str, torch.Tensor] = {}
-            state = _pack(checkpoint, "", tensors, {})
-            save_file(tensors, partial / TENSORS)
-            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-            for file in (partial / TENSORS, partial / STATE, partial):
-                _to_disk(file)
-            partial.rename(path)
-            _to_disk(path.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        tensors = load_file(Path(path) / TENSORS)
-        return _unpack(json.loads((Path(path) / STATE).read_text(encoding="utf-8")), tensors)
+        return load_whole(read_checkpoint(Path(path)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         path = Path(path)
@@ -61,8 +48,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 class Checkpoints(Callback):
     """Saves every so many steps or minutes, at the end, and when the process is asked to stop.
 
-    The older checkpoint goes when the new one is complete. SIGINT (Ctrl-C) and SIGTERM end the run after the step under
-    way, with a checkpoint; a second SIGINT ends it at once, with the checkpoint that was there.
+    The older checkpoint goes when the new one has been read back. One that cannot be written (a full disk) leaves the
+    older one in its place, and the run goes on. SIGINT (Ctrl-C), SIGTERM and SIGUSR1, at any of the run's processes,
+    end the run after the step under way, with a checkpoint; a second SIGINT ends it at once, with the checkpoint that
+    was there.
 
     Args:
         folder: where the checkpoints lie, as step_00000012.
@@ -78,19 +67,30 @@ class Checkpoints(Callback):
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
 
+    @property
+    def exit_code(self) -> int:
+        """What a stopped process exits with: 130 after Ctrl-C, 75 ("try again") after the signals of a scheduler.
+
+        Lightning kills a run in which a process that it started itself ends with another code than 0.
+        """
+        if parallel.launcher() is None and not parallel.is_main_process():
+            return 0
+        return INTERRUPTED if self.stopped_by == signal.SIGINT else TRY_AGAIN
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             for left_over in self.folder.glob(".step_*"):  # by a kill while saving or removing
                 shutil.rmtree(left_over)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._stop)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        stop, save = trainer.strategy.broadcast((self.stopped_by, self._is_due(step)))
-        trainer.should_stop = trainer.should_stop or stop is not None
-        if save or stop is not None or step == trainer.max_steps:
+        stopped_by, due = parallel.largest([self.stopped_by or 0, self._is_due(step)])
+        if stopped_by:
+            self.stopped_by, trainer.should_stop = stopped_by, True
+        if due or stopped_by or step == trainer.max_steps:
             self._save(trainer, step)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -104,51 +104,22 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer, step: int) -> None:
         older = list(self.folder.glob("step_*")) if trainer.is_global_zero else []
-        trainer.save_checkpoint(self.folder / f"step_{step:08d}", weights_only=False)
-        for path in older:
-            trainer.strategy.remove_checkpoint(path)
         self._saved_at = time.monotonic()
+        try:
+            trainer.save_checkpoint(self.folder / f"step_{step:08d}", weights_only=False)
+        except NotWritten as error:
+            kept = f"{older[0].name} stays the last one" if older else "there is no older one"
+            if self.stopped_by is not None:
+                raise NotWritten(f"stopped after step {step}, whose checkpoint failed ({error}); {kept}") from error
+            log.error("the checkpoint of step %d failed (%s); %s, and the run goes on", step, error, kept)
+            return
+        for path in older:
+            try:
+                trainer.strategy.remove_checkpoint(path)
+            except OSError as error:
+                log.warning("the older checkpoint %s could not be removed: %s", path, error)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_by == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.stopped_by = number
-
-
-def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor], names: dict[Any, str]) -> Any:
-    """`value` as JSON; its tensors go to `tensors`, each storage once, under the path that leads to it."""
-    if isinstance(value, torch.Tensor):
-        key = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else path
-        if key not in names:
-            names[key] = path
-            tensors[path] = value.detach().contiguous()
-        return {"tensor": names[key]}
-    if isinstance(value, Mapping):
-        return {"items": [[k, _pack(v, f"{path}/{k}", tensors, names)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        packed = [_pack(v, f"{path}/{i}", tensors, names) for i, v in enumerate(value)]
-        return packed if isinstance(value, list) else {"tuple": packed}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"a checkpoint cannot hold the {type(value).__name__} at {path}")
-
-
-def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(_unpack(v, tensors) for v in value["tuple"])
-    return {k: _unpack(v, tensors) for k, v in value["items"]}
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until the file or folder has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,18 +15,27 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipes import parallel
 from recipes.evaluate import Evaluation
 
-# Keys whose value changes no number that a run gives, so that a resume may change them.
+log = logging.getLogger(__name__)
+
+# Keys whose value changes no number that a run gives, or only its rounding, so that a resume may change them.
 FREE_TO_CHANGE = (
     "resume",
     "logger",
     "checkpoint",
     "trainer.log_every_n_steps",
     "trainer.progress_bar",
+    "trainer.strategy",
+    "trainer.reshard_after_forward",
+    "trainer.gradient_checkpointing",
     "speed",
     "common",
 )
+
+# Keys that may change together, as long as the sequences of a step stay as many.
+SHARE_A_STEP = ("trainer.devices", "trainer.num_nodes", "batch.accumulate")
 
 PACKAGES = (
     "attnzoo",
@@ -85,6 +95,45 @@ class RunFolder:
         sessions.append(_session(seeds))
         write_whole(self._record, json.dumps({"sessions": sessions}, indent=2))
 
+    def continued(self, config: DictConfig, overrides: Iterable[str]) -> DictConfig:
+        """What a resumed run goes on with: the config that it was started with, and what the overrides change in it.
+
+        A run that is not resumed, and a command that names an experiment, keep `config`, composed from the command
+        line. Where another number of processes trains now, `adapt` says what becomes of the batch.
+        """
+        if config.resume is None or not self.config.is_file():
+            return config
+        kept, absent = OmegaConf.load(self.config), object()
+        assert isinstance(kept, DictConfig)
+        for override in overrides:
+            key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+            value = OmegaConf.select(config, key, default=absent)
+            if value is absent:
+                return config
+            OmegaConf.update(kept, key, value, merge=False)
+        return kept
+
+    def adapt(self, config: DictConfig) -> None:
+        """Sets batch.accumulate, in place, so that a step of a resumed run takes as many sequences as before.
+
+        Raises:
+            ResumeMismatch: when the processes of today cannot share them out.
+        """
+        if config.resume is None or not self.config.is_file():
+            return
+        before = OmegaConf.load(self.config)
+        wanted, each = _sequences(before), config.batch.size * parallel.world_size(config.trainer)
+        if _sequences(config) == wanted or config.batch.accumulate != before.batch.accumulate:
+            return
+        if wanted % each:
+            raise ResumeMismatch(
+                f"a step of {self.path} takes {wanted} sequences, which {each // config.batch.size} processes with "
+                f"batch.size={config.batch.size} cannot share out evenly: their number must divide "
+                f"{wanted // config.batch.size}"
+            )
+        config.batch.accumulate = wanted // each
+        log.info("batch.accumulate is %d now, so that a step takes %d sequences still", wanted // each, wanted)
+
     @property
     def evaluations(self) -> dict[str, Evaluation]:
         """What was evaluated so far, by name."""
@@ -109,12 +158,14 @@ class RunFolder:
                 parent.rmdir()
 
     def _require_same(self, config: DictConfig) -> None:
-        before, now = _flat(OmegaConf.load(self.config)), _flat(config)
+        started_with = OmegaConf.load(self.config)
+        before, now = _flat(started_with), _flat(config)
         missing = "nothing"
+        free = SHARE_A_STEP if _sequences(started_with) == _sequences(config) else ()
         differing = [
             f"  {key}: {before.get(key, missing)!r} in the run, {now.get(key, missing)!r} now"
             for key in sorted(before | now)
-            if before.get(key, missing) != now.get(key, missing) and not _is_free(key)
+            if before.get(key, missing) != now.get(key, missing) and not _is_free(key, free)
         ]
         if differing:
             raise ResumeMismatch(
@@ -131,8 +182,13 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+def _is_free(key: str, also: Iterable[str]) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in (*FREE_TO_CHANGE, *also))
+
+
+def _sequences(config: Any) -> int:
+    """Sequences of a step, over all processes."""
+    return config.batch.size * config.batch.accumulate * parallel.world_size(config.trainer)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
