@@ -1,6 +1,6 @@
 """`attnzoo bench generation`: decoding of a whole model, ours beside transformers' own, and beside what the bytes say.
 
-Every mechanism is a process of its own (`attnzoo.hf.generation_bench`) that times ours and then transformers'. They set
+Every mechanism is a process of its own (`attnzoo.hf.generation.bench`) that times ours and then transformers'. They set
 up and compile side by side, and time one after another.
 """
 
@@ -61,7 +61,7 @@ def run(
 
 
 def _measured(mechanism: str, batches: list[int], length: int, lock: str) -> list[Row]:
-    command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation_bench", mechanism]
+    command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation.bench", mechanism]
     command += ["--batches", *map(str, batches), "--length", str(length), "--lock", lock]
     few = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # each would start as many as there are cores
     rows: list[Row] = []

@@ -10,9 +10,9 @@ from attnzoo.hf.auto import register
 from attnzoo.hf.convert import convert
 from attnzoo.hf.every import every
 from attnzoo.hf.export import export
-from attnzoo.hf.generation import generate
-from attnzoo.hf.generation_build import cache_for
-from attnzoo.hf.generation_graph import graphed
+from attnzoo.hf.generation.bridge import graphed
+from attnzoo.hf.generation.build import cache_for
+from attnzoo.hf.generation.generate import generate
 from attnzoo.hf.masks import attnzoo_mask
 from attnzoo.hf.swap import swap
 

@@ -17,7 +17,7 @@ from attnzoo import ops
 from attnzoo.masks import Causal, Full, Mask, SlidingWindow
 
 if TYPE_CHECKING:
-    from attnzoo.hf.generation_cache import HeldLayer
+    from attnzoo.hf.generation.layer import HeldLayer
 
 logger = logging.get_logger(__name__)
 

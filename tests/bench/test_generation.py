@@ -11,9 +11,9 @@ import torch
 
 from attnzoo import bench
 from attnzoo.bench import generation
-from attnzoo.hf import generation_bench
-from attnzoo.hf import generation_bench_common as common
-from attnzoo.hf import generation_bench_peers as peers
+from attnzoo.hf.generation import bench as contestants
+from attnzoo.hf.generation import bench_common as common
+from attnzoo.hf.generation import bench_peers as peers
 from attnzoo.masks import SlidingWindow
 from attnzoo.specs import GQA, MLA
 
@@ -69,15 +69,15 @@ def tiny(monkeypatch, tmp_path: Path) -> Iterator[common.Lock]:
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained of this model")
-@pytest.mark.parametrize("mechanism", list(generation_bench.OURS))
+@pytest.mark.parametrize("mechanism", list(contestants.OURS))
 def test_ours_steps_as_it_does_without_a_graph(monkeypatch, tiny, mechanism):
-    step = generation_bench.Step
-    monkeypatch.setattr(generation_bench, "Step", lambda *args, fuse=False, **options: step(*args, **options))
+    step = contestants.Step
+    monkeypatch.setattr(contestants, "Step", lambda *args, fuse=False, **options: step(*args, **options))
     small = {"MLA": MLA(kv_lora_rank=32), "window 1k": GQA(mask=SlidingWindow(16))}
     if mechanism in small:
-        kind = generation_bench.OURS[mechanism][1]
-        monkeypatch.setitem(generation_bench.OURS, mechanism, (small[mechanism], kind))
-    row = generation_bench.ours(generation_bench.our_model(mechanism), mechanism, 2, 64, tiny)
+        kind = contestants.OURS[mechanism][1]
+        monkeypatch.setitem(contestants.OURS, mechanism, (small[mechanism], kind))
+    row = contestants.ours(contestants.our_model(mechanism), mechanism, 2, 64, tiny)
     assert row["error"] < 0.01
     assert row["ms"] > 0
     assert row["generate_ms"] > 0

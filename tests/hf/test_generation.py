@@ -11,7 +11,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo import GQA, MLA, Linear
 from attnzoo.caches import Int8Cache, LatentCache, PagedCache, PagedInt8Cache, RollingCache
-from attnzoo.hf.generation_graph import Step, graphed, refusal
+from attnzoo.hf.generation.bridge import graphed
+from attnzoo.hf.generation.graph import Step, refusal
 from attnzoo.masks import Causal, GlobalTokens, SlidingWindow
 from tests.hf.conftest import FAMILIES, padding
 
@@ -54,7 +55,7 @@ def greedy(model, ids: Tensor, mask: Tensor, **more) -> Tensor:
     return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **more)
 
 
-def cache_of(model, kind: str = "contiguous", rows: int = 3) -> attnzoo.hf.generation_cache.HeldCache:
+def cache_of(model, kind: str = "contiguous", rows: int = 3) -> attnzoo.hf.generation.cache.HeldCache:
     return attnzoo.hf.cache_for(model, rows, 12 + NEW, kind)
 
 
@@ -210,7 +211,7 @@ def test_without_a_gpu_graphed_changes_nothing_and_is_undone(build, prompt):
 
 
 def test_compiled_pieces_leave_a_step_as_it_was(build, prompt):
-    from attnzoo.hf.generation_fused import fused
+    from attnzoo.hf.generation.fused import fused
 
     model = attnzoo.swap(build("llama"), GQA(num_kv_heads=2))
     ids, mask = prompt

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
 from attnzoo import GQA, MLA, Linear, ops
-from attnzoo.hf import generation_cache, generation_device, generation_graph
-from attnzoo.hf.generation_build import _maker
-from attnzoo.hf.generation_device import Clock, OnDevice
-from attnzoo.hf.generation_graph import Step, graphed
+from attnzoo.hf.generation import bridge, device, layer
+from attnzoo.hf.generation.bridge import graphed
+from attnzoo.hf.generation.build import _maker
+from attnzoo.hf.generation.device import Clock, OnDevice
+from attnzoo.hf.generation.graph import Step
 from attnzoo.masks import Causal, SlidingWindow
 from attnzoo.ops.decoding.store import store
 from tests.hf.conftest import padding
@@ -90,7 +91,7 @@ def test_what_was_written_on_the_device_is_what_the_host_finds_afterwards(kind):
 def test_one_kernel_writes_what_plain_operations_do(kind, latent, monkeypatch):
     held = {}
     for fused in (True, False):
-        monkeypatch.setattr(generation_device, "store", partial(store, fused=fused))
+        monkeypatch.setattr(device, "store", partial(store, fused=fused))
         held[fused] = filled(kind, latent=latent)[0].stored()
     for one in ("k", "v"):
         pairs = list(zip(getattr(held[True], one), getattr(held[False], one), strict=True))
@@ -134,7 +135,7 @@ def test_a_step_asks_the_device_for_nothing(build, tokens, monkeypatch, spec, ki
         step = Step(model, cache, choose=lambda logits: logits.argmax(-1))
         step.enter()
         # Kernels launch by themselves; what plain PyTorch on a CPU does in their place does not count.
-        monkeypatch.setattr(generation_cache.ops, "decode", lambda q, *args, **options: q)
+        monkeypatch.setattr(layer.ops, "decode", lambda q, *args, **options: q)
         monkeypatch.setattr("attnzoo.hf.latent.ops.latent_decode", lambda q, *args, **options: q)
         monkeypatch.setattr("attnzoo.hf.linear.linear_step", lambda q, *args, **options: q)
         with _Asked() as asked:
@@ -158,7 +159,7 @@ def test_transformers_generate_steps_through_the_stand_in(build, tokens, monkeyp
         "mla": (MLA(kv_lora_rank=16), "contiguous"),
         "linear": (Linear(), "contiguous"),
     }[name]
-    monkeypatch.setattr(generation_graph, "_on_gpu", lambda tokens: True)
+    monkeypatch.setattr(bridge, "_on_gpu", lambda tokens: True)
     calls = []
     run = Step._run
     monkeypatch.setattr(Step, "_run", lambda step: (calls.append(step), run(step)))
@@ -174,7 +175,7 @@ def test_transformers_generate_steps_through_the_stand_in(build, tokens, monkeyp
 
 
 def test_beams_and_second_turns_leave_the_stand_in_and_come_back(build, tokens, monkeypatch):
-    monkeypatch.setattr(generation_graph, "_on_gpu", lambda tokens: True)
+    monkeypatch.setattr(bridge, "_on_gpu", lambda tokens: True)
     model = attnzoo.swap(build("llama"), GQA(num_kv_heads=2))
     ones = torch.ones_like(tokens)
     with graphed(model):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnzoo.hf.generation_build import Kind, cache_for
-from attnzoo.hf.generation_cache import HeldCache
-from attnzoo.hf.generation_choice import chooser
-from attnzoo.hf.generation_graph import Step, refusal
+from attnzoo.hf.generation.build import Kind, cache_for
+from attnzoo.hf.generation.cache import HeldCache
+from attnzoo.hf.generation.choice import chooser
+from attnzoo.hf.generation.graph import Step, refusal
 
 _LOOK_EVERY = 16  # steps between looks at whether all rows have ended, each of which waits for the GPU
 

@@ -65,3 +65,13 @@ def check_padding(mask: Tensor, rows: Rows, pattern: Mask, seen: int, starts: in
             "attention_mask hides or shows other keys than padding and the layer's pattern do; "
             "a cache of attnzoo.hf.cache_for takes no such mask"
         )
+
+
+def lay(rows: Rows, x: Tensor) -> Tensor:
+    """`x [B, H, S, D]` with each row's real tokens first."""
+    return x if rows.order is None else x.take_along_dim(rows.order[:, None, :, None], dim=2)
+
+
+def restore(rows: Rows, x: Tensor) -> Tensor:
+    """The way back."""
+    return x if rows.order is None else x.take_along_dim(rows.order.argsort(dim=1)[:, None, :, None], dim=2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from attnzoo.hf import generation_bench_common as common
+from attnzoo.hf.generation import bench_common as common
 
 _DENSE = {"first_k_dense_replace": 16, "q_lora_rank": None, "rope_interleave": False}
 # Model type, and what differs from the shape. Transformers has no linear attention in this shape, and no int8 cache

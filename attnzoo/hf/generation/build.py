@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from attnzoo.caches import ContiguousCache, Int8Cache, LatentCache, PagedCache, PagedInt8Cache, RollingCache
 from attnzoo.caches.token_cache import TokenCache, check_least
-from attnzoo.hf.generation_cache import HeldCache, HeldLayer
+from attnzoo.hf.generation.cache import HeldCache
+from attnzoo.hf.generation.layer import HeldLayer
 from attnzoo.hf.latent import SwappedLatentAttention
 from attnzoo.hf.layers import SwappedAttention
 from attnzoo.hf.linear import SwappedLinearAttention

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from attnzoo.caches import PagedCache, RollingCache
-from attnzoo.hf.generation_cache import HeldCache, HeldLayer
-from attnzoo.hf.generation_device import Clock
-from attnzoo.hf.generation_fused import fused
+from attnzoo.hf.generation.cache import HeldCache
+from attnzoo.hf.generation.device import Clock
+from attnzoo.hf.generation.fused import fused
+from attnzoo.hf.generation.layer import HeldLayer
 from attnzoo.hf.recurrent_cache import RecurrentLayer
 
 Choose = Callable[[Tensor], Tensor]
@@ -143,69 +141,3 @@ def refusal(model: PreTrainedModel, cache: HeldCache) -> str | None:
         elif isinstance(layer.memory, RollingCache) and layer.memory.kept < layer.memory.window + layer.memory.margin:
             return "a rolling cache that was cropped has to fill up first"
     return None
-
-
-@contextmanager
-def graphed(model: PreTrainedModel, *, fuse: bool = False) -> Iterator[PreTrainedModel]:
-    """While it lasts, `model.generate(..., past_key_values=attnzoo.hf.cache_for(...))` replays one CUDA graph a token.
-
-    Everything else of `generate` is as ever: logits processors, stopping criteria, streamers. Prompts run as they come,
-    and so do steps that cannot be captured: those of beams, of caches that `refusal` names, and without a GPU.
-
-    Args:
-        model: whose `forward` is stood in for.
-        fuse: as of `Step`.
-    """
-    forward = model.forward
-    had = "forward" in vars(model)
-    last: tuple[Step, int] | None = None  # and how often rows had moved then
-
-    @wraps(forward)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        nonlocal last
-        cache: Any = kwargs.get("past_key_values")
-        tokens = kwargs.get("input_ids")
-        if args or not _is_step(cache, tokens, kwargs) or refusal(model, cache) is not None:
-            if isinstance(cache, HeldCache):
-                cache.settle()
-            last = None  # what runs now may put states into new memory
-            return forward(*args, **kwargs)
-        if last is None or last[0].cache is not cache or last[1] != cache.moved:
-            last = Step(model, cache, fuse=fuse), cache.moved
-        model.forward = forward
-        try:
-            logits = last[0](tokens)
-        finally:
-            model.forward = stand_in
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    model.forward = stand_in
-    try:
-        yield model
-    finally:
-        if last is not None:
-            last[0].leave()
-        if had:
-            model.forward = forward
-        else:
-            del model.forward
-
-
-def _is_step(cache: Any, tokens: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one token a row over a cache of ours, and asks for nothing but logits."""
-    mask = kwargs.get("attention_mask")
-    more = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
-    return (
-        isinstance(cache, HeldCache)
-        and isinstance(tokens, Tensor)
-        and _on_gpu(tokens)
-        and tokens.shape == (cache.rows, 1)
-        and cache.get_seq_length() > 0
-        and not cache.beams
-        and (mask is None or mask.ndim == 2)
-        and not more
-    )
-
-
-def _on_gpu(tokens: Tensor) -> bool:
-    return tokens.is_cuda

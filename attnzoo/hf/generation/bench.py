@@ -1,6 +1,6 @@
 """One mechanism of `attnzoo bench generation`, ours and then transformers', in a process of its own.
 
-    python -m attnzoo.hf.generation_bench GQA-8 --batches 1 16 --length 8192 --lock FILE
+    python -m attnzoo.hf.generation.bench GQA-8 --batches 1 16 --length 8192 --lock FILE
 
 prints a JSON line for each contestant and batch. Processes set up side by side, and each times alone (a lock on FILE).
 """
@@ -22,12 +22,14 @@ from transformers import PreTrainedModel
 
 from attnzoo.caches import RecurrentStateCache, RollingCache
 from attnzoo.caches.token_cache import TokenCache
-from attnzoo.hf import generation_bench_common as common
-from attnzoo.hf.generation_bench_common import Lock
-from attnzoo.hf.generation_bench_peers import HOWS, PEERS, peer_model, theirs
-from attnzoo.hf.generation_build import cache_for
-from attnzoo.hf.generation_cache import HeldCache, HeldLayer
-from attnzoo.hf.generation_graph import Step, graphed
+from attnzoo.hf.generation import bench_common as common
+from attnzoo.hf.generation.bench_common import Lock
+from attnzoo.hf.generation.bench_peers import HOWS, PEERS, peer_model, theirs
+from attnzoo.hf.generation.bridge import graphed
+from attnzoo.hf.generation.build import cache_for
+from attnzoo.hf.generation.cache import HeldCache
+from attnzoo.hf.generation.graph import Step
+from attnzoo.hf.generation.layer import HeldLayer
 from attnzoo.hf.recurrent_cache import RecurrentLayer
 from attnzoo.hf.swap import swap
 from attnzoo.masks import SlidingWindow
@@ -47,7 +49,7 @@ OURS: dict[str, tuple[Any, Any]] = {
 
 def main(argv: list[str]) -> int:
     """Set up, check and time ours, and then what transformers has; a JSON line for each contestant and batch."""
-    parser = argparse.ArgumentParser("attnzoo.hf.generation_bench", description=main.__doc__)
+    parser = argparse.ArgumentParser("attnzoo.hf.generation.bench", description=main.__doc__)
     parser.add_argument("mechanism", choices=list(OURS))
     parser.add_argument("--batches", type=int, nargs="+", required=True)
     parser.add_argument("--length", type=int, default=8192)
