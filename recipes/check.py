@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.export import EXPORT_DTYPES
+from recipes.models import DTYPES
 from recipes.optim import SCHEDULES
 
 # The numbers that the recipe itself takes: key, smallest value, whether null is allowed.
@@ -16,14 +17,14 @@ LEAST = (
     ("validation.batches", 1, True),
     ("checkpoint.every_n_steps", 1, True),
     ("trainer.log_every_n_steps", 1, False),
+    ("trainer.num_nodes", 1, False),
     ("seed", 0, False),
 )
 ABOVE_ZERO = ("checkpoint.every_n_minutes", "trainer.gradient_clip_norm")
-FRACTIONS = ("optimizer.warmup", "optimizer.final")
+FRACTIONS = ("warmup", "final")  # of optimizer
 CHOICES = {
-    "train": ("all", "layers", "attention"),
     "export_dtype": tuple(EXPORT_DTYPES),
-    "optimizer.schedule": SCHEDULES,
+    "teacher.dtype": tuple(DTYPES),
     "trainer.precision": ("auto", "bf16-mixed", "32-true"),
 }
 
@@ -37,12 +38,32 @@ def check_config(config: DictConfig) -> None:
         _require(config, key, lambda v, m=least, o=optional: (v is None and o) or (_is(v, int) and v >= m), allowed)
     for key in ABOVE_ZERO:
         _require(config, key, lambda v: v is None or (_is(v, int, float) and v > 0), "a number above 0 or null")
-    for key in FRACTIONS:
-        _require(config, key, lambda v: _is(v, int, float) and 0 <= v <= 1, "a fraction between 0 and 1")
+    for place in ("", *(f"stages.{name}." for name in config.stages or ())):
+        _check_optimizer(config, f"{place}optimizer")
     devices = config.trainer.devices
     if not (_is(devices, int) and devices >= 1) and not (OmegaConf.is_list(devices) and devices):
         # "auto" would make the tokens of a step depend on the machine
         raise ValueError(f"trainer.devices must be a number of at least 1 or a list of devices, got {devices!r}")
+
+
+def _check_optimizer(config: DictConfig, place: str) -> None:
+    for key in OmegaConf.select(config, place) or ():
+        name = f"{place}.{key}"
+        if key not in config.optimizer:
+            raise ValueError(f"{name} is no field of an optimizer; allowed are {', '.join(config.optimizer)}")
+        if key in FRACTIONS:
+            _require(config, name, lambda v: _is(v, int, float) and 0 <= v <= 1, "a fraction between 0 and 1")
+        elif key == "schedule":
+            _require(config, name, lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        elif key == "betas":
+            _require(
+                config,
+                name,
+                lambda v: OmegaConf.is_list(v) and len(v) == 2 and all(_is(b, int, float) and 0 <= b < 1 for b in v),
+                "two numbers from 0 to below 1",
+            )
+        else:
+            _require(config, name, lambda v: _is(v, int, float) and v >= 0, "a number of at least 0")
 
 
 def _require(config: DictConfig, key: str, good, allowed: str) -> None:  # type: ignore[no-untyped-def]

@@ -11,21 +11,22 @@ from torch import nn
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def adamw(model: nn.Module, *, lr: float, betas: Iterable[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """Fused AdamW, for `configure`. Norms and biases (fewer than two dimensions) have a group of their own."""
+    trained = list(parameters)
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2], "decays": True},
+        {"params": [p for p in trained if p.dim() < 2], "decays": False},
     ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=_can_fuse(trained))
+
+
+def configure(optimizer: torch.optim.Optimizer, *, betas: Iterable[float], eps: float, weight_decay: float) -> None:
+    """Set what a stage asks for, but for the learning rate; norms and biases do not decay."""
     first, second = betas
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=lr,
-        betas=(first, second),
-        eps=eps,
-        fused=_can_fuse(trained),
-    )
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (first, second), eps
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 def learning_rate_factor(step: int, *, total_steps: int, schedule: str, warmup: float, final: float) -> float:
@@ -33,7 +34,7 @@ def learning_rate_factor(step: int, *, total_steps: int, schedule: str, warmup: 
 
     Args:
         step: optimizer step, from 0.
-        total_steps: steps of the whole run.
+        total_steps: steps of the run, or of its stage.
         schedule: "cosine" and "linear" fall from 1 to `final` over what follows the warm-up; "constant" stays at 1.
         warmup: fraction of the run over which the rate rises linearly; its first step is not 0.
         final: factor that a falling schedule ends at.

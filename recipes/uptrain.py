@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes import parallel
+from recipes.build import build_objectives, build_student
 from recipes.check import check_config
 from recipes.checkpointing import Checkpoints, last_checkpoint
 from recipes.common import Common, of_model
@@ -27,17 +29,18 @@ from recipes.evaluate_tasks import require_harness
 from recipes.export import export
 from recipes.judge import Judge
 from recipes.length import training_steps
-from recipes.models import load_model, load_tokenizer
+from recipes.models import load_tokenizer
 from recipes.module import Uptraining
+from recipes.parallel import is_main_process
 from recipes.report import write_report
 from recipes.run_folder import RunFolder, git_commit
+from recipes.stages import Stage, plan_stages
 from recipes.trainer import (
     build_loggers,
     build_trainer,
     choose_precision,
-    is_main_process,
     prepare_for_training,
-    world_size,
+    trained_model,
 )
 from recipes.validation import Validation
 from recipes.windows import WindowedData
@@ -45,23 +48,24 @@ from recipes.windows import WindowedData
 log = logging.getLogger(__name__)
 
 # A run that is resumed goes on in its folder; any other gets one by its name and the time.
-OmegaConf.register_new_resolver(
-    "run_folder", lambda resume, fresh: fresh if resume in (None, "auto") else resume, replace=True
-)
+OmegaConf.register_new_resolver("run_folder", parallel.folder_of_this_process, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="uptrain")
 def main(config: DictConfig) -> None:
-    run = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    if HydraConfig.get().mode == RunMode.MULTIRUN and world_size(config.trainer.devices) > 1:
-        raise ValueError("--multirun runs on one device; start the runs one by one with trainer.devices above 1")
-    only_resumes = all(override.startswith("resume=") for override in HydraConfig.get().overrides.task)
-    if config.resume is not None and only_resumes and run.config.is_file():
-        config = OmegaConf.merge(OmegaConf.load(run.config), {"resume": config.resume})
+    parallel.be_quiet()
+    parallel.join(config.trainer.accelerator)
+    run = RunFolder(parallel.run_folder(Path(HydraConfig.get().runtime.output_dir)))
+    config = run.continued(config, HydraConfig.get().overrides.task)
+    parallel.follow_launcher(config.trainer)
+    run.adapt(config)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        parallel.require_processes_for_multirun(config.trainer)
     try:
         uptrain(config, run)
     finally:
-        run.drop_if_nothing_ran()
+        if is_main_process():
+            run.drop_if_nothing_ran()
 
 
 def uptrain(config: DictConfig, run: RunFolder) -> None:
@@ -77,10 +81,13 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     common = Common(config.common)
     start = common.place("converted", identity(config, source), own=run.converted) if convert else source
     tokenizer = load_tokenizer(config.model)
-    steps = count_steps(config)
+    stages = read_stages(config)
+    steps = stages[-1].end
     data = open_data(config, tokenizer, source)
-    if not is_main_process():  # of the others, which Lightning starts when the model is converted
-        train(config, run, data, start=start, steps=steps)
+    if not is_main_process():
+        parallel.wait_for_all()  # for the converted model; Lightning starts the others only then
+        train(config, run, data, source=source, start=start, stages=stages)
+        parallel.wait_for_all()  # for the report, so that all end together
         return
     run.start(config, seeds={"everything": config.seed, "convert": config.convert.seed})
 
@@ -92,11 +99,13 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     if convert:
         judge("converted", start, in_common=True)
     log.info("training for %d steps", steps)
-    model, curve = train(config, run, data, start=start, steps=steps)
+    parallel.wait_for_all()
+    model, curve = train(config, run, data, source=source, start=start, stages=stages)
     if not run.uptrained.is_dir():
         export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
     judge("uptrained", run.uptrained)
     write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=summary(config, steps, curve))
+    parallel.wait_for_all()
     log.info("the uptrained model lies in %s, the report in %s", run.uptrained, run.path / "report.md")
 
 
@@ -119,16 +128,20 @@ def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Pa
     return data
 
 
-def count_steps(config: DictConfig) -> int:
+def read_stages(config: DictConfig) -> list[Stage]:
+    """The stages of the run; the last one's end is its number of steps."""
     batch = config.batch
-    return training_steps(
-        alpha=config.alpha,
-        max_steps=config.max_steps,
-        max_tokens=config.max_tokens,
-        tokens_per_step=batch.size * batch.seq_len * batch.accumulate * world_size(config.trainer.devices),
-        original_steps=config.model.get("original_steps"),
-        original_tokens=config.model.get("original_tokens"),
-    )
+    tokens = batch.size * batch.seq_len * batch.accumulate * parallel.world_size(config.trainer)
+    lengths = {key: config[key] for key in ("alpha", "max_steps", "max_tokens")}
+    steps = None
+    if not config.stages or any(length is not None for length in lengths.values()):
+        steps = training_steps(
+            **lengths,
+            tokens_per_step=tokens,
+            original_steps=config.model.get("original_steps"),
+            original_tokens=config.model.get("original_tokens"),
+        )
+    return plan_stages(OmegaConf.to_container(config), steps=steps, tokens_per_step=tokens)
 
 
 def summary(config: DictConfig, steps: int, curve: list[dict[str, float]]) -> dict[str, object]:
@@ -139,7 +152,8 @@ def summary(config: DictConfig, steps: int, curve: list[dict[str, float]]) -> di
         "attention": OmegaConf.to_container(config.attention),
         "conversion": config.convert.method,
         "text": config.data.path,
-        "trained": config.train,
+        "objective": OmegaConf.to_container(config.stages or config.objective),
+        "trained": OmegaConf.to_container(config).get("train"),
         "steps": steps,
         "tokens": curve[-1]["tokens"] if curve else 0,
         "precision": config.trainer.precision,
@@ -149,28 +163,29 @@ def summary(config: DictConfig, steps: int, curve: list[dict[str, float]]) -> di
 
 
 def train(
-    config: DictConfig, run: RunFolder, data: TextDataModule, *, start: Path, steps: int
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    config: DictConfig, run: RunFolder, data: TextDataModule, *, source: Path, start: Path, stages: list[Stage]
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Trains the model in `start`, from the run's last checkpoint where there is one; the model and its curve.
 
-    Exits with status 130 when the process was asked to stop, after a checkpoint.
+    `source` is the original model. Exits when the process was asked to stop, after a checkpoint.
     """
-    model = load_model({**config.model, "path": str(start)})
+    model = build_student(config, start)
+    steps = stages[-1].end
     if not steps:
         return model, []
+    resumed = last_checkpoint(run.checkpoints)
+    first_step = int(resumed.name.removeprefix("step_")) if resumed else 0
+    objectives = build_objectives(config, model, stages, source=source, first_step=first_step)
     prepare_for_training(
-        model,
-        train=config.train,
-        gradient_checkpointing=config.trainer.gradient_checkpointing,
-        compile=config.trainer.compile,
+        model, gradient_checkpointing=config.trainer.gradient_checkpointing, compile=config.trainer.compile
     )
     module = Uptraining(
         model,
-        instantiate(config.objective),
-        optimizer=config.optimizer,
-        total_steps=steps,
+        stages,
+        objectives,
         gradient_clip_norm=config.trainer.gradient_clip_norm,
         seed=config.seed,
+        probe=lambda: islice(data.val_batches(), 1),
     )
     validation = Validation(
         data.val_domains,
@@ -179,8 +194,6 @@ def train(
         limit=config.validation.batches,
     )
     checkpoints = Checkpoints(run.checkpoints, **config.checkpoint)
-    resumed = last_checkpoint(run.checkpoints)
-    first_step = int(resumed.name.removeprefix("step_")) if resumed else 0
     trainer = build_trainer(
         config.trainer,
         max_steps=steps,
@@ -191,8 +204,8 @@ def train(
     trainer.fit(module, datamodule=windows, ckpt_path=resumed)
     if checkpoints.stopped_by is not None and trainer.global_step < steps:
         log.warning("stopped after step %d; resume=%s goes on from there", trainer.global_step, run.path)
-        sys.exit(130)
-    return model, validation.curve
+        sys.exit(checkpoints.exit_code)
+    return trained_model(trainer, model), validation.curve
 
 
 if __name__ == "__main__":

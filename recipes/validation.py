@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,16 +10,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from recipes.module import Uptraining
-from recipes.objectives import NextToken
-from recipes.packed import Batch, count_targets
+from recipes.objectives import next_token
+from recipes.packed import Batch, count_targets, pack
 
 
 class Validation(Callback):
-    """Measures before the first step, every `every_n_steps` steps, once so many tokens are trained on, and at the end.
+    """Measures before the first step, every so many steps, once so many tokens are trained on, and after each stage.
 
     A callback and not Lightning's validation loop, whose place in the order of a step makes a run that was killed at a
     validation measure it twice or never. `curve` is part of the checkpoints: step, tokens, cross_entropy, the mean of
-    the domains', and where there are several, theirs under `domains`.
+    the domains', and where there are several, theirs under `domains`; in a run of several stages, `stage` too.
 
     Args:
         domains: gives the held-out batches of each domain anew at each call.
@@ -41,7 +41,6 @@ class Validation(Callback):
         self.at_tokens = at_tokens
         self.limit = limit
         self.curve: list[dict[str, Any]] = []
-        self._cross_entropy = NextToken()
 
     def on_train_start(self, trainer: Trainer, module: Uptraining) -> None:  # type: ignore[override]
         if not self.curve:
@@ -49,10 +48,17 @@ class Validation(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Uptraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        measured = self.curve[-1]["tokens"] if self.curve else 0
-        reached = any(measured < tokens <= module.tokens for tokens in self.at_tokens)
-        if reached or step % self.every_n_steps == 0 or step == module.total_steps:
+        ends = step in [stage.end for stage in module.stages]
+        if self._reached(module) or ends or step % self.every_n_steps == 0:
             module.log("val/cross_entropy", self._measure(trainer, module), prog_bar=True, logger=False)
+
+    def _reached(self, module: Uptraining) -> bool:
+        """Whether another number of tokens is reached; where it may be, the step's own tokens are waited for."""
+        measured = self.curve[-1]["tokens"] if self.curve else 0
+        ahead = [tokens for tokens in self.at_tokens if tokens > measured]
+        if any(tokens <= module.tokens + 2 * module.tokens_of_a_step for tokens in ahead):
+            module.settle()
+        return any(tokens <= module.tokens for tokens in ahead)
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": self.curve}
@@ -63,14 +69,15 @@ class Validation(Callback):
     @torch.no_grad()
     def _measure(self, trainer: Trainer, module: Uptraining) -> float:
         """The mean over the domains of the mean over their tokens, which the ranks share out."""
+        module.settle()
         module.eval()
         domains = self.domains()
         sums = torch.zeros(len(domains), 2, dtype=torch.float64, device=module.device)  # loss, tokens
         with trainer.precision_plugin.val_step_context():
             for row, batches in zip(sums, domains.values(), strict=True):
-                for batch in islice(batches, trainer.global_rank, self.limit, trainer.world_size):
+                for batch in _share(islice(batches, self.limit), trainer.global_rank, trainer.world_size):
                     batch = trainer.strategy.batch_to_device(batch)
-                    row[0] += self._cross_entropy(module.model, batch)
+                    row[0] += module.ask(next_token, batch)
                     row[1] += count_targets(batch)
         module.train()
         means = {}
@@ -80,8 +87,17 @@ class Validation(Callback):
             means[name] = loss / tokens
         value = sum(means.values()) / len(means)
         point = {"step": trainer.global_step, "tokens": module.tokens, "cross_entropy": value}
+        if len(module.stages) > 1:
+            point["stage"] = module.stage_before(trainer.global_step).name
         self.curve.append(point | ({"domains": means} if len(means) > 1 else {}))
         for logger in trainer.loggers:  # not module.log, which would repeat the value at every later step
             by_domain = {f"val/cross_entropy_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
             logger.log_metrics({"val/cross_entropy": value, **by_domain}, step=trainer.global_step)
         return value
+
+
+def _share(batches: Iterable[Batch], rank: int, world_size: int) -> Iterator[Batch]:
+    """One batch in `world_size`; ranks get as many, the last one maybe empty, since they may run the model together."""
+    several = iter(batches)
+    while together := list(islice(several, world_size)):
+        yield together[rank] if rank < len(together) else pack([])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from recipes.models import load_model, load_tokenizer
 from recipes.module import NotFinite
-from recipes.objectives import NextToken
+from recipes.objectives import Objective
 from recipes.run_folder import ResumeMismatch, RunFolder
 from recipes.uptrain import open_data, uptrain
 from recipes.windows import Windows
@@ -142,8 +142,8 @@ def killing(function, at, counts=lambda *_: True):
     return called
 
 if {moment!r} == "backward":
-    in_training = lambda objective, model, batch: model.training
-    objectives.NextToken.__call__ = killing(objectives.NextToken.__call__, {before + 2}, in_training)
+    in_training = lambda objective, model, *_: model.training
+    objectives.Objective.__call__ = killing(objectives.Objective.__call__, {before + 2}, in_training)
 else:
     checkpointing._to_disk = killing(checkpointing._to_disk, 6)  # the second file of the second checkpoint
 uptrain(OmegaConf.load({str(config)!r}), RunFolder(Path({str(run.path)!r})))
@@ -165,14 +165,14 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tiny, finished, tmp_path, m
     before = signal.getsignal(signal.SIGINT)
     calls = []
 
-    def interrupted(self, model, batch, original=NextToken.__call__):
+    def interrupted(self, model, *batch, original=Objective.__call__):
         calls.append(model.training)
         if model.training and sum(calls) == before_step_3 + 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, model, batch)
+        return original(self, model, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(NextToken, "__call__", interrupted)
+        patch.setattr(Objective, "__call__", interrupted)
         with pytest.raises(SystemExit) as exited:
             uptrain(tiny.config(*LONG, "checkpoint.every_n_steps=null"), run)
     assert exited.value.code == 130
@@ -201,11 +201,12 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tiny, tmp
     run = RunFolder(tmp_path / "run")
     calls = []
 
-    def diverging(self, model, batch, original=NextToken.__call__):
+    def diverging(self, model, *batch, original=Objective.__call__):
         calls.append(model.training)
-        return original(self, model, batch) * (float("nan") if sum(calls) == 4 else 1)
+        loss = original(self, model, *batch)
+        return loss._replace(total=loss.total * (float("nan") if sum(calls) == 4 else 1))
 
-    monkeypatch.setattr(NextToken, "__call__", diverging)
+    monkeypatch.setattr(Objective, "__call__", diverging)
     with pytest.raises(NotFinite, match=r"step 4: the loss is nan"):
         uptrain(tiny.config("max_steps=6", "checkpoint.every_n_steps=3"), run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000003"]

@@ -1,0 +1,72 @@
+"""The original model, which the student learns from: frozen, outside of the student's checkpoints and wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recipes.attentions import attention_modules, watching
+from recipes.heads import check_head, head_of
+from recipes.losses import FullTeacher
+from recipes.models import load_model
+from recipes.packed import Batch, hidden_packed
+
+
+@dataclass
+class Saw:
+    """What the teacher computed of a batch, without gradients; inputs and outputs of attention layers by number."""
+
+    head: FullTeacher  # what went into the head, and the head
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # [1, T, dim]
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # [1, T, dim]
+
+
+class Teacher:
+    """A causal language model in eval mode. Not a module: nothing that walks a student's modules finds it.
+
+    Args:
+        model: any causal language model with the student's vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        check_head(model)  # before it is compiled
+        self.layers: Sequence[int] = ()  # whose inputs and outputs `look` keeps
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    @torch.no_grad()
+    def look(self, batch: Batch, *, layers: bool = False) -> Saw:
+        """Runs the teacher on a packed batch of its device, in its own dtype whatever the student's autocast."""
+        with torch.autocast(self.model.device.type, enabled=False):
+            if not layers:
+                return Saw(self._head(hidden_packed(self.model, batch)))
+            with watching(attention_modules(self.model), self.layers, inputs=True) as watch:
+                hidden = hidden_packed(self.model, batch)
+        inputs = {layer: watch.input(layer) for layer in self.layers}
+        return Saw(self._head(hidden), inputs, {layer: watch.output(layer) for layer in self.layers})
+
+    def _head(self, hidden: Tensor) -> FullTeacher:
+        return FullTeacher(hidden, **head_of(self.model)._asdict())
+
+
+def load_teacher(config: Mapping[str, Any], model: Mapping[str, Any], *, on_gpu: bool) -> Teacher:
+    """The teacher of conf/uptrain.yaml's `teacher`, on the CPU.
+
+    Args:
+        config: path (None: the model before its conversion), dtype (auto: bfloat16 on a GPU, float32 elsewhere) and
+            attn_implementation (None: the student's).
+        model: the conf/model group.
+        on_gpu: whether it is to run on a GPU.
+    """
+    dtype = config["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    chosen = {key: config[key] or model[key] for key in ("path", "attn_implementation")}
+    return Teacher(load_model({**model, **chosen, "dtype": dtype}))
