@@ -56,16 +56,37 @@ def decode(
             that reaches further back than the cache has kept tokens, or a backend that cannot run the call, with its
             reasons.
     """
-    held = stored(cache)
-    mask = _FULL if mask is None else mask
-    _check(q, held, starts)
-    check_reach(mask, q.shape[2], cache)
-    if starts is None:
-        starts = cache.length - q.shape[2] if cache.uniform else cache.lengths - q.shape[2]
-    if isinstance(starts, int):
-        check_last(starts, q.shape[2], cache.length)
-    call = Call(q, cache, held, mask, scale, softcap, sinks, starts, cache.first)
+    call = _call(q, cache, mask, scale, softcap, sinks, starts)
     return choose(_BACKENDS, call, q.device, backend).run(call)
+
+
+def explain_decode(
+    q: Tensor,
+    cache: KeyValues,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: int | Tensor | None = None,
+) -> str:
+    """Which backend `decode` would run for this call, and why each other one would not; a line each."""
+    return explained(_BACKENDS, _call(q, cache, mask, scale, softcap, sinks, starts), q.device)
+
+
+def explained(backends: dict[str, ModuleType], call: Any, device: torch.device) -> str:
+    """A line for each backend: that it runs, or why not."""
+    chosen = choose(backends, call, device, "auto")
+    lines = []
+    for name, module in backends.items():
+        if module is chosen:
+            lines.append(f"{name}: runs")
+        elif name == "reference":
+            lines.append(f"{name}: reads lengths back from the device, runs only when asked for")
+        else:
+            could = "could run, is slower" if device.type == "cuda" or name != "triton" else "interpreted, if asked for"
+            lines.append(f"{name}: {'; '.join(module.reasons(call)) or could}")
+    return "\n".join(lines)
 
 
 def choose(backends: dict[str, ModuleType], call: Any, device: torch.device, backend: str) -> Any:
@@ -83,6 +104,27 @@ def choose(backends: dict[str, ModuleType], call: Any, device: torch.device, bac
             return backends[name]
         refusals.append(f"{name}: {'; '.join(why)}")
     raise ValueError("no backend can run this call\n" + "\n".join(refusals))
+
+
+def _call(
+    q: Tensor,
+    cache: KeyValues,
+    mask: Mask | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    starts: int | Tensor | None,
+) -> Call:
+    """The call, validated and with its defaults filled in."""
+    held = stored(cache)
+    mask = _FULL if mask is None else mask
+    _check(q, held, starts)
+    check_reach(mask, q.shape[2], cache)
+    if starts is None:
+        starts = cache.length - q.shape[2] if cache.uniform else cache.lengths - q.shape[2]
+    if isinstance(starts, int):
+        check_last(starts, q.shape[2], cache.length)
+    return Call(q, cache, held, mask, scale, softcap, sinks, starts, cache.first)
 
 
 def _check(q: Tensor, held: Stored, starts: int | Tensor | None) -> None:

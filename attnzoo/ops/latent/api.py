@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from attnzoo.masks import Full, Mask
-from attnzoo.ops.decoding import KeyValues, Stored, check_last, check_reach, choose, stored
+from attnzoo.ops.decoding import KeyValues, Stored, check_last, check_reach, choose, explained, stored
 from attnzoo.ops.latent import attend, reference, triton
 from attnzoo.ops.latent.common import Call
 
@@ -54,6 +54,27 @@ def latent_decode(
             that reaches further back than the cache has kept tokens, or a backend that cannot run the call, with its
             reasons.
     """
+    call = _call(q_latent, q_rope, cache, scale, mask, starts)
+    return choose(_BACKENDS, call, q_latent.device, backend).run(call)
+
+
+def explain_latent_decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: KeyValues,
+    *,
+    scale: float,
+    mask: Mask | None = None,
+    starts: int | Tensor | None = None,
+) -> str:
+    """Which backend `latent_decode` would run for this call, and why each other one would not; a line each."""
+    return explained(_BACKENDS, _call(q_latent, q_rope, cache, scale, mask, starts), q_latent.device)
+
+
+def _call(
+    q_latent: Tensor, q_rope: Tensor, cache: KeyValues, scale: float, mask: Mask | None, starts: int | Tensor | None
+) -> Call:
+    """The call, validated and with its defaults filled in."""
     held, q_len = stored(cache), q_latent.shape[2] if q_latent.dim() == 4 else 0
     _check(q_latent, q_rope, held, starts)
     mask = _FULL if mask is None else mask
@@ -62,8 +83,7 @@ def latent_decode(
         starts = cache.length - q_len if cache.uniform else cache.lengths - q_len
     if isinstance(starts, int):
         check_last(starts, q_len, cache.length)
-    call = Call(q_latent, q_rope, cache, held, mask, scale, starts)
-    return choose(_BACKENDS, call, q_latent.device, backend).run(call)
+    return Call(q_latent, q_rope, cache, held, mask, scale, starts)
 
 
 def _check(q_latent: Tensor, q_rope: Tensor, held: Stored, starts: int | Tensor | None) -> None:

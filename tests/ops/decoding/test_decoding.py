@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.masks import Causal, Documents, Full, SlidingWindow
-from attnzoo.ops.decoding import decode
+from attnzoo.ops.decoding import decode, explain_decode
 from attnzoo.ops.decoding.reference import decode_reference
 
 
@@ -172,3 +172,11 @@ def test_long_chunks_over_long_rows_stay_linear_in_memory(counts: list[int]) -> 
 def test_queries_that_do_not_fit_the_cache_are_named(q: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(q.double(), rows([5, 5]), **options)
+
+
+def test_explain_names_the_choice_and_every_reason() -> None:
+    q, rows = torch.randn(2, 4, 17, 8), Rows(torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8), [20, 18])
+    first, *others = explain_decode(q, rows, mask=Causal()).splitlines()
+    assert first.startswith("triton: ") and "takes up to 16 queries, not 17" in first
+    assert others[0] == "attention: runs"
+    assert others[1].startswith("reference: ") and len(others) == 2

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.caches import Cache, ContiguousCache, LatentCache
 from attnzoo.masks import Causal, Documents, Full, SlidingWindow
-from attnzoo.ops import attention, latent_decode
+from attnzoo.ops import attention, explain_latent_decode, latent_decode
 from attnzoo.ops.latent.reference import latent_decode_reference
 
 RANK, ROPE, SCALE = 6, 4, 0.4
@@ -143,3 +143,10 @@ def test_queries_that_do_not_fit_the_cache_are_named(q_latent: Tensor, q_rope: T
 def test_a_cache_of_several_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="cache holds 2 heads; latents are one head for all"):
         latent_decode(*queries(1, 4, 1), ContiguousCache(1, 2, 4, RANK, ROPE, dtype=torch.float64), scale=SCALE)
+
+
+def test_explain_names_the_choice_and_every_reason() -> None:
+    lines = explain_latent_decode(*queries(2, 4, 1), filled([5, 3]), scale=SCALE).splitlines()
+    assert lines[0].startswith("triton: ") and "has no torch.float64" in lines[0]
+    assert lines[1] == "attention: runs"
+    assert lines[2].startswith("reference: ") and len(lines) == 3
