@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from transformers import PreTrainedModel
 
+from recipes import parallel
 from recipes.checkpointing import SafetensorsIO
+from recipes.sharded import Replicated, Sharded
 
 
 class ProgressBar(TQDMProgressBar):
@@ -26,8 +28,8 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description("uptraining")  # to Lightning the whole run is one epoch
 
     def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        short = {"train/tokens_per_s": "tokens/s", "val/cross_entropy": "val"}
-        metrics = super().get_metrics(*args, **kwargs)
+        short = {"tokens_per_s": "tokens/s", "val/cross_entropy": "val"}
+        metrics = {**getattr(args[1], "shown", {}), **super().get_metrics(*args, **kwargs)}
         metrics.pop("v_num", None)
         return {short.get(name, name.removeprefix("train/")): value for name, value in metrics.items()}
 
@@ -37,20 +39,44 @@ def build_trainer(
 ) -> Trainer:
     """A trainer that leaves optimisation, validation and checkpoints to the module and the callbacks."""
     bar = [ProgressBar(leave=True)] if config["progress_bar"] else []
+    launcher = parallel.launcher()
     return Trainer(
         accelerator=config["accelerator"],
         devices=config["devices"],
-        strategy=config["strategy"],
+        num_nodes=config["num_nodes"],
+        strategy=build_strategy(config),
         precision=config["precision"],
         max_steps=max_steps,
         log_every_n_steps=config["log_every_n_steps"],
         callbacks=[*callbacks, *bar],
         logger=list(loggers),
-        plugins=[SafetensorsIO()],
+        plugins=[SafetensorsIO(), *([launcher] if launcher else [])],
         enable_checkpointing=False,  # recipes.checkpointing does it
         enable_progress_bar=bool(bar),
         enable_model_summary=False,
     )
+
+
+def build_strategy(config: Mapping[str, Any]) -> Strategy | str:
+    """Lightning's strategy by a conf/trainer group's: auto, ddp, fsdp, or another one by Lightning's name."""
+    name = config["strategy"]
+    if name == "auto" and parallel.world_size(config) > 1:
+        name = "ddp"
+    backend = parallel.backend(parallel.uses_gpu(config["accelerator"]))
+    if name == "ddp":
+        return Replicated(process_group_backend=backend, gradient_as_bucket_view=True)
+    if name == "fsdp":
+        return Sharded(
+            mixed=config["precision"] == "bf16-mixed",
+            reshard_after_forward=config["reshard_after_forward"],
+            process_group_backend=backend,
+        )
+    return name
+
+
+def trained_model(trainer: Trainer, model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model that was trained, whole, on the main process; call it in all of them."""
+    return trainer.strategy.gather_model() if isinstance(trainer.strategy, Sharded) else model
 
 
 def build_loggers(config: Mapping[str, Any] | None, *, folder: Path, first_step: int) -> list[Logger]:
@@ -86,39 +112,10 @@ def as_trained(config: Mapping[str, Any]) -> Iterator[str]:
         yield device
 
 
-def prepare_for_training(model: PreTrainedModel, *, train: str, gradient_checkpointing: bool, compile: bool) -> None:
-    """Freezes what does not train and turns on gradient checkpointing and torch.compile, all in place.
-
-    Args:
-        train: "all"; "layers" for all but the embeddings and the output head, which keeps a short run on little text
-            from bending what all other text needs; "attention" for the parameters of the attention modules only.
-
-    Raises:
-        ValueError: for a model family whose attention modules are not known.
-    """
-    if train == "attention":
-        from attnzoo.conversion.families import family_for
-
-        family = family_for(model.config.model_type)
-        layers = family.geometry(model.config.to_dict()).num_layers
-        model.requires_grad_(False)
-        for layer in range(layers):
-            model.get_submodule(family.attention_path(layer)).requires_grad_(True)
-    if train == "layers":
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            embeddings.requires_grad_(False)
+def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool, compile: bool) -> None:
+    """Turns on gradient checkpointing and torch.compile, in place."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     if compile:
         model.compile()
-
-
-def is_main_process() -> bool:
-    """False in the processes that Lightning starts for the other devices of a run."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def world_size(devices: int | Sequence[int]) -> int:
-    """How many processes train."""
-    return devices if isinstance(devices, int) else len(devices)
