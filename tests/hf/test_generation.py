@@ -11,6 +11,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo import GQA, MLA, Linear
 from attnzoo.caches import Int8Cache, LatentCache, PagedCache, PagedInt8Cache, RollingCache
+from attnzoo.hf.generation import bridge
 from attnzoo.hf.generation.bridge import graphed
 from attnzoo.hf.generation.graph import Step, refusal
 from attnzoo.masks import Causal, GlobalTokens, SlidingWindow
@@ -201,13 +202,48 @@ def test_a_conversation_goes_on_in_the_same_cache(build, tokens):
     assert torch.equal(greedy(model, more, mask, past_key_values=cache), greedy(model, more, mask))
 
 
-def test_without_a_gpu_graphed_changes_nothing_and_is_undone(build, prompt):
-    model = attnzoo.swap(build("llama"), GQA(num_kv_heads=2))
+@pytest.fixture
+def made(monkeypatch) -> list[attnzoo.hf.generation.cache.HeldCache]:
+    """The caches that `graphed` makes for `model.generate`."""
+    caches = []
+    monkeypatch.setattr(bridge, "cache_for", lambda *args: caches.append(attnzoo.hf.cache_for(*args)) or caches[-1])
+    return caches
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_in_graphed_generate_takes_the_best_cache_by_itself(build, prompt, made, name):
+    model = attnzoo.swap(build("llama"), SPECS[name])
     want, before = greedy(model, *prompt), model.forward
     with graphed(model):
+        assert torch.equal(greedy(model, *prompt), want)
+        assert torch.equal(greedy(model, *prompt, use_cache=False), want)
         assert torch.equal(greedy(model, *prompt, past_key_values=cache_of(model)), want)
     assert model.forward == before
-    assert "forward" not in vars(model)
+    assert not {"forward", "_prepare_cache_for_generation"} & set(vars(model))
+    (cache,) = made
+    assert (cache.rows, cache.max_length) == (3, 12 + NEW - 1)
+    kinds = {type(memory) for memory in cache.memories}
+    assert (RollingCache in kinds) == (name in ("window", "mla in a window"))
+
+
+def test_in_graphed_beams_and_guesses_get_a_cache_that_can_do_them(build, tokens, made):
+    model = attnzoo.swap(build("llama"), SPECS["window"])
+    ones = torch.ones_like(tokens)
+    helper = build("llama", num_hidden_layers=1)
+    want = [greedy(model, tokens, ones, num_beams=2), greedy(model, tokens[:1], ones[:1])]
+    with graphed(model):
+        got = [greedy(model, tokens, ones, num_beams=2), greedy(model, tokens[:1], ones[:1], assistant_model=helper)]
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    assert [cache.rows for cache in made] == [6, 1]
+    assert not any(isinstance(memory, RollingCache) for memory in made[1].memories)
+
+
+def test_in_graphed_a_model_without_our_attention_keeps_its_cache(build, prompt, made):
+    model = build("llama", implementation="sdpa")
+    want = greedy(model, *prompt)
+    with graphed(model):
+        assert torch.equal(greedy(model, *prompt), want)
+    assert made == []
 
 
 def test_compiled_pieces_leave_a_step_as_it_was(build, prompt):

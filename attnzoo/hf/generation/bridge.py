@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from attnzoo.hf.generation.build import Kind, cache_for
 from attnzoo.hf.generation.cache import HeldCache
 from attnzoo.hf.generation.graph import Step, refusal
 
 
 @contextmanager
 def graphed(model: PreTrainedModel, *, fuse: bool = False) -> Iterator[PreTrainedModel]:
-    """While it lasts, `model.generate(..., past_key_values=attnzoo.hf.cache_for(...))` replays one CUDA graph a token.
+    """While it lasts, `model.generate` decodes over a cache of attnzoo and replays one CUDA graph a token.
+
+    Without `past_key_values` it gets the fastest cache that rounds nothing, with room for the call's `max_length`: of
+    `cache_for`'s kind "rolling", or "contiguous" where guesses of assisted decoding have to be taken back. A model that
+    `cache_for` refuses keeps transformers' own, as does a call with `cache_implementation` or `use_cache=False`.
 
     Everything else of `generate` is as ever: logits processors, stopping criteria, streamers. Prompts run as they come,
     and so do steps that cannot be captured: those of beams, of caches that `refusal` names, and without a GPU.
@@ -26,8 +33,7 @@ def graphed(model: PreTrainedModel, *, fuse: bool = False) -> Iterator[PreTraine
         model: whose `forward` is stood in for.
         fuse: as of `Step`.
     """
-    forward = model.forward
-    had = "forward" in vars(model)
+    forward, prepare = model.forward, model._prepare_cache_for_generation
     last: tuple[Step, int] | None = None  # and how often rows had moved then
 
     @wraps(forward)
@@ -49,16 +55,22 @@ def graphed(model: PreTrainedModel, *, fuse: bool = False) -> Iterator[PreTraine
             model.forward = stand_in
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    model.forward = stand_in
-    try:
-        yield model
-    finally:
-        if last is not None:
-            last[0].leave()
-        if had:
-            model.forward = forward
-        else:
-            del model.forward
+    @wraps(prepare)
+    def with_cache(config: Any, kwargs: dict[str, Any], mode: Any, batch_size: int, length: int, *rest: Any) -> Any:
+        own = config.cache_implementation or config.use_cache is False or config.is_assistant
+        if kwargs.get("past_key_values") is None and not own:
+            rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
+            kind: Kind = "contiguous" if mode == GenerationMode.ASSISTED_GENERATION else "rolling"
+            with suppress(ValueError):
+                kwargs["past_key_values"] = cache_for(model, rows, length, kind)
+        return prepare(config, kwargs, mode, batch_size, length, *rest)
+
+    with patch.object(model, "forward", stand_in), patch.object(model, "_prepare_cache_for_generation", with_cache):
+        try:
+            yield model
+        finally:
+            if last is not None:
+                last[0].leave()
 
 
 def _is_step(cache: Any, tokens: Any, kwargs: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    cache: Kind | HeldCache = "contiguous",
+    cache: Kind | HeldCache = "rolling",
     graph: bool | None = None,
     fuse: bool = False,
     **options: Any,
@@ -37,7 +37,8 @@ def generate(
         model: a decoder with attn_implementation="attnzoo", stock or swapped.
         input_ids: `[B, S]` int64.
         attention_mask: `[B, S]`, 0 at padding, which may be on either side; None: no padding.
-        cache: a kind for `cache_for`, or an empty cache of it with room for S + max_new_tokens - 1 tokens a row.
+        cache: a kind for `cache_for`, or an empty cache of it with room for S + max_new_tokens - 1 tokens a row. The
+            default is the fastest that rounds nothing: windows alone where layers have one, everything elsewhere.
         graph: whether steps are captured; None: if that is possible. Without, each step launches what it needs.
         fuse: also compile norms, MLPs and rotations into one kernel each (`torch.compile`, some seconds at first use).
         options: of the model's generation config: max_new_tokens or max_length, do_sample, temperature, top_k, top_p,
