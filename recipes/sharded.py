@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
@@ -86,7 +86,12 @@ class Sharded(ModelParallelStrategy):
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)` while the weights outside the layers are gathered."""
         assert self.whole is not None
-        return self.whole(function, *args)
+        result = self.whole(function, *args)
+        if not torch.is_grad_enabled():  # no backward will come, which gives the gathered weights back
+            for module in self.whole.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return result
 
     def gather_model(self) -> nn.Module | None:
         """The model as it was before it was cut up, with today's weights, on the CPU of the main process."""
