@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnzoo.ops.decoding.triton.plan import fitted
 from attnzoo.ops.latent.triton.kernels import latent_kernel
 from attnzoo.ops.latent.triton.plan import tiles_for
 from attnzoo.ops.launching import Build, Builds
 
 _ROWS = ("LENGTHS", "STARTS", "KEPT")
+_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may take on an A100 and on a Hopper GPU
 
 
 def builds() -> Builds:
     """See `scripts/compile_kernels.py`."""
+    yield _build("latent 16 heads on an A100", 16, split=True, least=80)
+    yield _build("latent 128 heads on an A100", 128, least=80)
     yield _build("latent 16 heads", 16, split=True)
     yield _build("latent 128 heads", 128)
-    yield _build("latent fp32", 16, "fp32", RANK=64, ROPE=16)
+    yield _build("latent fp32", 16, "fp32", least=80, RANK=64, ROPE=16)
     yield _build("latent paged", 128, tensors=("TABLE", *_ROWS), PAGE=64, split=True)
     yield _build("latent paged 16", 16, tensors=("TABLE",), PAGE=16)
     yield _build("latent ring", 16, tensors=_ROWS, RING=True)
-    yield _build("latent int8", 16, codes=1, RECENT=True, split=True)
+    yield _build("latent int8", 16, codes=1, RECENT=True, split=True, least=80)
     yield _build("latent int8 paged asymmetric", 128, codes=2, tensors=("TABLE", *_ROWS), PAGE=64, split=True)
 
 
@@ -31,10 +35,13 @@ def _build(
     tensors: tuple[str, ...] = (),
     codes: int = 0,
     split: bool = False,
+    least: int = 90,
     **constants: Any,
 ) -> Build:
     given: dict[str, Any] = {"RANK": 512, "ROPE": 64, "PAGE": 0, "RING": False, "RECENT": False} | constants
-    tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0)
+    tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0, _SHARED[least])
+    width = (given["RANK"] + given["ROPE"]) * (4 if dtype == "fp32" else 2)
+    tiles = fitted(tiles, width, width, _SHARED[least])
     given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee", "EARLY": False}
     given |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_R": given["RANK"], "BLOCK_P": given["ROPE"]}
     vectors = "*i8" if codes else f"*{dtype}"
@@ -55,4 +62,4 @@ def _build(
             signature[argument] = "i32"
         else:
             given.setdefault(argument, None)  # a tensor that this build has none of
-    return Build(name, latent_kernel, signature, given, tiles.num_warps, tiles.num_stages)
+    return Build(name, latent_kernel, signature, given, tiles.num_warps, tiles.num_stages, least)

@@ -54,9 +54,10 @@ def latent_decode(
     if out.numel() == 0:
         return out
     rows = heads * q_len
-    tiles = tiles_for(rows, rank, q.element_size(), len(latent) > 1)
-    width = rank + rope  # codes are converted into memory of their own
-    tiles = fitted(tiles, width * q.element_size(), width * q.element_size(), shared_memory(q.device.index))
+    room = shared_memory(q.device.index)
+    tiles = tiles_for(rows, rank, q.element_size(), len(latent) > 1, room)
+    width = (rank + rope) * q.element_size()  # codes are converted into memory of their own
+    tiles = fitted(tiles, width, width, room)
     m_tiles = -(-rows // tiles.block_m)
     reach = min(longest, back + ahead + q_len)
     slots = num_multiprocessors(q.device.index) * tiles.resident

@@ -8,11 +8,15 @@ from attnzoo.ops.decoding.triton.plan import Tiles, next_power_of_two
 
 
 @lru_cache(maxsize=256)
-def tiles_for(rows: int, rank: int, itemsize: int, codes: bool) -> Tiles:
-    """For `rows` queries of a row of the batch, latents of `rank` numbers, and elements of `itemsize` bytes."""
+def tiles_for(rows: int, rank: int, itemsize: int, codes: bool, room: int) -> Tiles:
+    """For `rows` queries of a row of the batch, latents of `rank` numbers, and elements of `itemsize` bytes.
+
+    `room`: bytes of shared memory that a program may take.
+    """
     block_m = min(max(next_power_of_two(rows), 16), 64)
     if itemsize == 4:
         return Tiles(16, 16, 4, 1, 1)
     if block_m == 64:
-        return Tiles(64, 64, 8, 2, 1)
+        # Before Hopper, products read from registers, and what brings 64 tokens there takes 56 KiB more.
+        return Tiles(64, 64 if room >= 200 * 1024 else 32, 8, 2, 1)
     return Tiles(block_m, 64, 4, 3, 1)
