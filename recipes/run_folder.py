@@ -206,7 +206,7 @@ def _session(seeds: Mapping[str, int]) -> dict[str, Any]:
         "command": sys.argv,
         "git_commit": git_commit(),
         "seeds": dict(seeds),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": sys.version.split()[0], **{name: installed_version(name) for name in PACKAGES}},
     }
 
 
@@ -221,7 +221,7 @@ def git_commit() -> str:
         return "not a git checkout"
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
