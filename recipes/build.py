@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from recipes.embeddings import untie
 from recipes.heads import check_head
 from recipes.models import load_model
 from recipes.objectives import Layers, Objective
@@ -20,6 +21,8 @@ from recipes.teacher import Teacher, load_teacher
 def build_student(config: DictConfig, start: Path) -> PreTrainedModel:
     """The model that trains, on the CPU. ValueError for one that the losses do not know."""
     model = load_model({**config.model, "path": str(start)})
+    if config.untie_embeddings:
+        untie(model)
     check_head(model)
     return model
 

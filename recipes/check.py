@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipes.embeddings import UNTIE
 from recipes.export import EXPORT_DTYPES
 from recipes.models import DTYPES
 from recipes.optim import SCHEDULES
@@ -25,14 +26,17 @@ FRACTIONS = ("warmup", "final")  # of optimizer
 CHOICES = {
     "export_dtype": tuple(EXPORT_DTYPES),
     "teacher.dtype": tuple(DTYPES),
+    "untie_embeddings": UNTIE,
     "trainer.precision": ("auto", "bf16-mixed", "32-true"),
 }
 
 
 def check_config(config: DictConfig) -> None:
     """Raises a ValueError that names the key, what came and what is allowed."""
+    if config.get("study"):
+        raise ValueError(f"{config.name} is a study of several runs: attnzoo study {config.name}")
     for key, allowed in CHOICES.items():
-        _require(config, key, lambda value, allowed=allowed: value in allowed, f"one of {', '.join(allowed)}")
+        _require(config, key, lambda value, allowed=allowed: value in allowed, f"one of {', '.join(map(str, allowed))}")
     for key, least, optional in LEAST:
         allowed = f"a whole number of at least {least}" + (" or null" if optional else "")
         _require(config, key, lambda v, m=least, o=optional: (v is None and o) or (_is(v, int) and v >= m), allowed)

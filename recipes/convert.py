@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM
 
 import attnzoo
+import attnzoo.hf
 from attnzoo.conversion.damage import Damage
 from attnzoo.conversion.hybrid import KVBudget, Layers
-from attnzoo.specs import MLA, Linear, Spec, spec_from_dict
+from attnzoo.specs import GQA, MLA, Linear, Spec, spec_from_dict
 from recipes.models import model_path
 from recipes.samples import resolve_sample
 
@@ -24,6 +28,7 @@ log = logging.getLogger(__name__)
 # What a conversion reads or carries over; nothing that would have to be unpickled.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 NEEDS_NO_TEXT = ("mean", "first", "random")
+TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="convert")
@@ -116,20 +121,60 @@ def read_texts(paths: str | Sequence[str] | None) -> list[str] | None:
     return [text for path in several for text in read_files(Path(resolve_sample(path)).expanduser(), "calibration")]
 
 
+def convert_to_train(source: Path, spec: Spec, out: Path, convert: Mapping[str, Any]) -> Path:
+    """Converts the checkpoint in `source` into a folder whose weights an optimizer can work with.
+
+    That is `convert_folder`'s, but for latent attention: as deepseek_v3 its latents are scaled far below what AdamW and
+    bfloat16 work with, so the folder holds attnzoo's own layers, without a norm. `recipes.export` writes the stock form.
+    """
+    if not isinstance(spec, MLA):
+        return convert_folder(source, spec, out, convert)
+    from attnzoo.hf.calibration_text import token_rows
+
+    check_method(spec, convert["method"])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    texts = read_texts(convert["calibration"])
+    rows = None
+    if texts is not None:
+        rows = token_rows(texts, source, convert["samples"], convert["sample_length"], name="convert.calibration")
+    options = {"method": convert["method"], "steps": convert["steps"]}
+    model = attnzoo.convert(model, spec, calibration=rows, **options)
+    attnzoo.hf.export(model, out)
+    for file in source.iterdir():
+        if file.is_file() and file.name.startswith(TOKENIZER) and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+    return out
+
+
+def check_method(spec: Spec, method: str) -> None:
+    """ValueError for a method that merges heads and a spec that asks for something else."""
+    merges = isinstance(spec, GQA) and spec.mask is None
+    if not merges and method in NEEDS_NO_TEXT:
+        raise ValueError(
+            f"convert.method is {method!r}, which merges key/value heads, and attention.mechanism is "
+            f"{spec.mechanism!r}{'' if isinstance(spec, MLA | Linear) else ' with a mask'}; take convert=auto"
+        )
+
+
 def changes_attention(source: Path, spec: Spec) -> bool:
-    """Whether the checkpoint in `source` has another attention than `spec` names."""
+    """Whether the checkpoint in `source` has another attention than `spec` names.
+
+    Raises ValueError for one that cannot be trained: a deepseek_v3 folder that a conversion wrote.
+    """
     from attnzoo.conversion.families import family_for
 
-    if isinstance(spec, MLA):
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "deepseek_v3" and config.get("attnzoo"):
         raise ValueError(
-            "attention=mla becomes a deepseek_v3 folder, whose scaled-down latents are for use and not for training. "
-            "In Python, train the model that attnzoo.convert(model, MLA(...)) gives, and write it with as_deepseek"
+            f"model.path is {source}, which attnzoo wrote as deepseek_v3: its scaled-down latents are for use and not "
+            "for training. Give the model that it was made from, and attention=mla"
         )
-    if isinstance(spec, Linear):
+    if isinstance(spec, MLA | Linear):
         return True
     if spec.num_kv_heads is None and spec.mask is None:
         return False
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     heads = family_for(config["model_type"]).geometry(config).num_kv_heads
     return spec.mask is not None or spec.num_kv_heads not in (None, heads)
 

@@ -1,7 +1,8 @@
-"""Writes a trained model as a stock transformers folder and makes sure that it comes back the same."""
+"""Writes a trained model as a transformers folder and makes sure that it comes back the same."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,19 +10,42 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+import attnzoo.hf
+from attnzoo.conversion import Refusal
+from attnzoo.hf.auto import SwappedModel
+from attnzoo.hf.latent import SwappedLatentAttention
+from attnzoo.hf.latent_stock import as_deepseek
+from recipes.embeddings import tie
+from recipes.lora import merge_lora
+
+log = logging.getLogger(__name__)
+
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Parts of the largest logit by which a model may differ from the folder that holds it in another form.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 class ExportDiffers(ValueError):
     """The folder that was written gives another model than the one that was trained."""
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: str) -> None:
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: str,
+    tie_embeddings: bool = False,
+) -> None:
     """Writes weights, config, generation config and tokenizer to `folder`, which appears whole or not at all.
 
+    A model that a stock class holds becomes that class's folder, latent attention a deepseek_v3 one; any other brings
+    the code of its attention with it.
+
     Args:
-        model: its parameters are cast to `dtype` in place.
+        model: adapters are merged and parameters cast to `dtype`, in place.
         dtype: float32, bfloat16 or float16.
+        tie_embeddings: embeddings and head become their mean.
 
     Raises:
         ValueError: when `folder` exists.
@@ -32,27 +56,49 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        merge_lora(model)
+        if tie_embeddings:
+            tie(model)
         for parameter in model.parameters():  # not model.to, which would round the rotary frequencies too
             parameter.data = parameter.data.to(EXPORT_DTYPES[dtype])
-        model.save_pretrained(partial)
+        written = _write(model.eval(), partial)
         tokenizer.save_pretrained(partial)
-        _require_equal(model, partial)
+        _require_equal(model, written, partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_equal(model: PreTrainedModel, folder: Path) -> None:
+def _write(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Writes the model, and returns it in the form that it was written in."""
+    if any(isinstance(module, SwappedLatentAttention) for module in model.modules()):
+        try:
+            stock = as_deepseek(model)
+        except Refusal as refusal:
+            log.warning("%s; so the model is written with the code of its attention", refusal)
+        else:
+            stock.save_pretrained(folder)
+            return stock
+    if isinstance(model, SwappedModel):
+        attnzoo.hf.export(model, folder)
+    else:
+        model.save_pretrained(folder)
+    return model
+
+
+def _require_equal(model: PreTrainedModel, written: PreTrainedModel, folder: Path) -> None:
     """Every weight bit for bit, and the logits of a few tokens through the same attention implementation."""
     implementation = model.config._attn_implementation
     again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=implementation)
     again.to(model.device)
     theirs = again.state_dict()
-    for name, weight in model.state_dict().items():
+    for name, weight in written.state_dict().items():
         if name not in theirs or not torch.equal(weight, theirs[name]):
             raise ExportDiffers(f"{folder}: {name} is not what was trained")
-    difference = float((_logits(model) - _logits(again)).abs().max())
-    if not difference <= 1e-5:
+    trained = _logits(model)
+    difference = float((trained - _logits(again)).abs().max())
+    allowed = 1e-5 if written is model else ROUNDING[model.dtype] * float(trained.abs().max())
+    if not difference <= allowed:
         raise ExportDiffers(f"{folder}: its logits differ by {difference:.2e} from those of the model that was trained")
 
 

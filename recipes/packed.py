@@ -21,7 +21,19 @@ Batch = Mapping[str, Tensor]
 TAKES_BOUNDARIES = {"attnzoo", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 # Models whose layers, on "attnzoo", know all of their mask themselves: causal, and a window that they name.
 KNOWS_ITS_MASK = {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama"}
-KNOWS_ITS_MASK |= {"mistral", "nemotron", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"}
+KNOWS_ITS_MASK |= {
+    "ministral",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+}
 
 
 def pack(pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
@@ -95,6 +107,7 @@ def _last_hidden(model: nn.Module) -> _LastHidden:
 def packed_inputs(batch: Batch, config: Any) -> dict[str, Any]:
     """The keyword arguments by which transformers hands a packed batch to the attention of a model with `config`."""
     boundaries, positions = batch["cu_seqlens"], batch["position_ids"]
+    torch._dynamo.maybe_mark_dynamic(boundaries, 0)  # or compiled layers would be compiled again for other documents
     inputs = {
         "input_ids": batch["input_ids"],
         "position_ids": positions,

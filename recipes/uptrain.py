@@ -20,15 +20,17 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes import parallel
 from recipes.build import build_objectives, build_student
+from recipes.calibration import FROM_DATA, calibrated
 from recipes.check import check_config
 from recipes.checkpointing import Checkpoints, last_checkpoint
 from recipes.common import Common, of_model
-from recipes.convert import changes_attention, convert_folder, local_folder, read_spec
+from recipes.convert import changes_attention, check_method, convert_to_train, local_folder, read_spec
 from recipes.data import TextDataModule
 from recipes.evaluate_tasks import require_harness
 from recipes.export import export
 from recipes.judge import Judge
 from recipes.length import training_steps
+from recipes.lora import add_lora
 from recipes.models import load_tokenizer
 from recipes.module import Uptraining
 from recipes.parallel import is_main_process
@@ -78,6 +80,8 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     source = local_folder(config.model)
     spec = read_spec(config.attention)
     convert = changes_attention(source, spec)
+    if convert:
+        check_method(spec, config.convert.method)
     common = Common(config.common)
     start = common.place("converted", identity(config, source), own=run.converted) if convert else source
     tokenizer = load_tokenizer(config.model)
@@ -94,7 +98,8 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     judge = Judge(config, run, data, tokenizer, common)
     if convert:
         log.info("converting %s to %s", source, spec)
-        common.once(start, lambda: convert_folder(source, spec, start, config.convert))
+        with calibrated(config.convert, data) as how:
+            common.once(start, lambda: convert_to_train(source, spec, start, how))
     judge("original", source, in_common=True)
     if convert:
         judge("converted", start, in_common=True)
@@ -102,7 +107,8 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     parallel.wait_for_all()
     model, curve = train(config, run, data, source=source, start=start, stages=stages)
     if not run.uptrained.is_dir():
-        export(model, tokenizer, run.uptrained, dtype=config.export_dtype)
+        tied = config.untie_embeddings == "tie"
+        export(model, tokenizer, run.uptrained, dtype=config.export_dtype, tie_embeddings=tied)
     judge("uptrained", run.uptrained)
     write_report(run.path, evaluations=list(run.evaluations.values()), curve=curve, meta=summary(config, steps, curve))
     parallel.wait_for_all()
@@ -111,7 +117,9 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
 
 def identity(config: DictConfig, source: Path) -> list[Any]:
     """What tells the converted model of a run from those of others."""
-    return [of_model(source), *(OmegaConf.to_container(group) for group in (config.attention, config.convert))]
+    keys = ["attention", "convert"] + (["data", "batch", "seed"] if config.convert.calibration == FROM_DATA else [])
+    told = OmegaConf.to_container(config)
+    return [of_model(source), *(told[key] for key in keys)]
 
 
 def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Path) -> TextDataModule:
@@ -176,6 +184,8 @@ def train(
     resumed = last_checkpoint(run.checkpoints)
     first_step = int(resumed.name.removeprefix("step_")) if resumed else 0
     objectives = build_objectives(config, model, stages, source=source, first_step=first_step)
+    if config.lora is not None:
+        add_lora(model, config.lora, seed=config.seed)
     prepare_for_training(
         model, gradient_checkpointing=config.trainer.gradient_checkpointing, compile=config.trainer.compile
     )
