@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "turn a checkpoint into one with another attention mechanism, shard by shard",
     "swap": "put another attention into a model's layers and save it, code included",
     "uptrain": "convert a model, win the lost quality back by training, report what was won",
+    "study": "many runs of uptraining side by side: the curves and figures of conf/experiment's studies",
     "evaluate": "perplexity, KV-cache size and speed of one model or several, side by side",
     "bench": "time attention beside every installed kernel on this GPU, correctness checked in the same run",
     "plan": "parameters, FLOPs, memory and decoding speed of each mechanism, from a config.json alone",
