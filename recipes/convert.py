@@ -124,8 +124,8 @@ def read_texts(paths: str | Sequence[str] | None) -> list[str] | None:
 def convert_to_train(source: Path, spec: Spec, out: Path, convert: Mapping[str, Any]) -> Path:
     """Converts the checkpoint in `source` into a folder whose weights an optimizer can work with.
 
-    That is `convert_folder`'s, but for latent attention: as deepseek_v3 its latents are scaled far below what AdamW and
-    bfloat16 work with, so the folder holds attnzoo's own layers, without a norm. `recipes.export` writes the stock form.
+    That is `convert_folder`'s, but for latent attention: deepseek_v3's latents are scaled far below what AdamW and
+    bfloat16 work with, so the folder holds attnzoo's own layers, without a norm; `recipes.export` writes the stock form.
     """
     if not isinstance(spec, MLA):
         return convert_folder(source, spec, out, convert)
