@@ -174,20 +174,19 @@ class TextDataModule(LightningDataModule):
             held_out = self._read_held_out(corpus.held_out, corpus.column, lambda ids: True)
             keep = lambda ids: True  # noqa: E731
         self._held_out = [held_out[row] for row in range(len(held_out))]
-        self._train = (
-            lambda rank, world_size: StreamLoader(
-                open_corpus(self.config).train,  # each loader reads a stream of its own
-                corpus.column,
-                self.tokenizer,
-                keep=keep,
-                seq_len=self.seq_len,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                shuffle_rows=self.config.shuffle_rows,
-                data=f"{self.config.path} {tokenizer_digest(self.tokenizer)[:16]}",
-                rank=rank,
-                world_size=world_size,
-            )
+        self._train = lambda rank, world_size: StreamLoader(
+            lambda: open_corpus(self.config).train,
+            corpus.column,
+            self.tokenizer,
+            keep=keep,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle_rows=self.config.shuffle_rows,
+            data=f"{self.config.path} {tokenizer_digest(self.tokenizer)[:16]}",
+            lanes=self.config.lanes,
+            rank=rank,
+            world_size=world_size,
         )
 
     def _read_held_out(self, documents: Documents, column: str, choose: Callable[[np.ndarray], bool]) -> Rows:

@@ -28,6 +28,8 @@ class DataConfig:
         beginning); None takes all.
     streaming: read and tokenise while training, for text that is larger than the disk or the patience.
     shuffle_rows: rows that are shuffled together when streaming.
+    lanes: parts that a stream is divided into, each read and tokenised by one process; None takes as many as there are
+        processes. A run goes on with any number of processes that divides it.
     domains: several sources in one stream: by name, a weight (the domain's share of the rows) and whatever of the
         fields above is the domain's own, the others being as the group says. Held-out text is then judged by domain.
     """
@@ -45,6 +47,7 @@ class DataConfig:
     val_tokens: int | None = None
     streaming: bool = False
     shuffle_rows: int = 256
+    lanes: int | None = None
     domains: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class DataConfig:
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "numbers between 0 and 1")
         _require(self.val_tokens is None or self.val_tokens >= 2, "val_tokens", self.val_tokens, "null or at least 2")
         _require(self.shuffle_rows >= 1, "shuffle_rows", self.shuffle_rows, "at least 1")
+        good = self.lanes is None or (isinstance(self.lanes, int) and self.lanes >= 1)
+        _require(good, "lanes", self.lanes, "null or a whole number of at least 1")
         for name, domain in self.domains.items():
             weight = domain.get("weight")
             good = isinstance(weight, int | float) and weight > 0

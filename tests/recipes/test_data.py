@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import recipes.data_stream
+from recipes import parallel
 from recipes.data import TextDataModule
 from recipes.data_rows import epoch_order
 from tests.support.text import EOS, caches, documents, word_tokenizer, write_corpus  # noqa: F401
@@ -107,7 +109,10 @@ def test_a_stream_gives_each_token_once_before_it_starts_again(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_out_the_batches_of_one_process(tmp_path, streaming, world_size):
     data = module(tmp_path, documents(LENGTHS), streaming=streaming, batch_size=2, val_fraction=0.2)
-    one = module(tmp_path, documents(LENGTHS), streaming=streaming, batch_size=2 * world_size, val_fraction=0.2)
+    lanes = {"lanes": world_size} if streaming else {}
+    one = module(
+        tmp_path, documents(LENGTHS), streaming=streaming, batch_size=2 * world_size, val_fraction=0.2, **lanes
+    )
     ranks = [list(islice(data.train_loader(rank=r, world_size=world_size), 12)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     for index, together in enumerate(islice(one.train_loader(), 12)):
@@ -116,6 +121,56 @@ def test_ranks_share_out_the_batches_of_one_process(tmp_path, streaming, world_s
         expected = Counter(pieces([together]))
         expected.pop((EOS,), None)
         assert shares == expected
+
+
+def streams(tmp_path, world_size, **config):
+    """The loaders of all processes."""
+    data = module(tmp_path, documents([9] * 40), streaming=True, shuffle_rows=3, batch_size=1, **config)
+    return [data.train_loader(rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def together(loaders, batches, monkeypatch):
+    """The next batches of all processes, their pieces in the order in which one process would give them; the state."""
+    given = [list(islice(loader, batches)) for loader in loaders]
+    states = [{number: lane.state_dict() for number, lane in loader.lanes.items()} for loader in loaders]
+    monkeypatch.setattr(parallel, "gather", lambda _: states)
+    assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
+    return [[*pieces([batch])] for row in zip(*given, strict=True) for batch in row], loaders[0].state_dict()
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])  # many files, which are shared out, and one, whose lines are
+def test_a_stream_goes_on_with_any_number_of_processes_that_shares_out_its_lanes(tmp_path, monkeypatch, kind):
+    whole, _ = together(streams(tmp_path, 1, lanes=4, kind=kind), 60, monkeypatch)
+    rows, state = together(streams(tmp_path, 4, kind=kind), 3, monkeypatch)
+    for world_size, batches in ((2, 7), (1, 10), (4, 4), (2, 4)):
+        loaders = streams(tmp_path, world_size, kind=kind)
+        for loader in loaders:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        more, state = together(loaders, batches, monkeypatch)
+        rows += more
+    assert len(rows) == 60 and rows == whole
+    with pytest.raises(ValueError, match="4 lanes, which 3 processes cannot share out evenly"):
+        streams(tmp_path, 3, kind=kind)[0].load_state_dict(state)
+
+
+def test_a_process_tokenises_its_own_share_of_a_stream_alone(tmp_path, monkeypatch):
+    encoded, encode = [[], []], recipes.data_stream.encode
+    for rank, loader in enumerate(streams(tmp_path, 2)):
+        kept = encoded[rank]
+        monkeypatch.setattr(
+            recipes.data_stream, "encode", lambda texts, *a, kept=kept, **k: encode(map(_noted(kept), texts), *a, **k)
+        )
+        list(islice(loader, 18))
+    first, second = (set(kept) for kept in encoded)
+    assert 15 < len(first) <= 20 and 15 < len(second) <= 20 and not first & second
+
+
+def _noted(kept):
+    def note(text):
+        kept.append(text)
+        return text
+
+    return note
 
 
 def test_four_batches_of_one_row_are_one_batch_of_four(tmp_path):

@@ -136,7 +136,7 @@ def bad_corpora(folder: Path) -> dict[str, tuple[dict, str]]:
         "missing folder": ({"path": str(folder / "none")}, "data.path .* no such file or folder"),
         "empty glob": ({"path": str(folder / "*.md")}, "data.path .* no such file or folder"),
         "no path": ({"path": None}, "data.path is missing"),
-        "unknown sample": ({"path": "sample:goethe"}, "'goethe'; allowed are bible, shakespeare, smollm2"),
+        "unknown sample": ({"path": "sample:goethe"}, "'goethe'; allowed are bible, corpus, shakespeare, smollm2"),
         "blank texts": ({"path": str(folder / "blank")}, "holds no text"),
         "no text file": ({"path": str(folder / "empty")}, "holds no .txt"),
         "empty file": ({"path": str(folder / "zero.txt")}, "is empty"),
