@@ -68,7 +68,7 @@ def build_strategy(config: Mapping[str, Any]) -> Strategy | str:
     if name == "fsdp":
         return Sharded(
             mixed=config["precision"] == "bf16-mixed",
-            reshard_after_forward=config["reshard_after_forward"],
+            reshard_after_forward=config.get("reshard_after_forward", True),
             process_group_backend=backend,
         )
     return name
