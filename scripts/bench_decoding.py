@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peer_flashinfer
 import torch
 import torch.nn.functional as F
 import triton
@@ -180,6 +181,10 @@ def latent() -> Iterator[dict[str, Any]]:
                 peers.append(timed(case, "FA3 qv", runs, nbytes, truth, flops))
                 yield peers[-1]
                 del args
+            if kind == "latent":
+                for name, runs in peer_flashinfer.latent_runs(q, q_rope, [cache.view() for cache in sets], SCALE):
+                    peers.append(timed(case, name, runs, nbytes, truth, flops))
+                    yield peers[-1]
             runs = [lambda c=c, q=q, p=q_rope: latent_decode(q, p, c, scale=SCALE) for c in sets]
             yield compared(timed(case, kind, runs, nbytes, truth, flops), peers, "of_peer")
             del sets, runs
@@ -204,6 +209,7 @@ def peer_runs(queries: list[Tensor], views: list[tuple[Tensor, Tensor]]) -> Iter
             [part.transpose(1, 2).contiguous() for part in (q, *kv)] for q, kv in zip(queries, views, strict=True)
         ]
         yield "FA3", [lambda i=i: fa3.flash_attn_with_kvcache(*i).transpose(1, 2) for i in inputs]
+    yield from peer_flashinfer.decode_runs(queries, views)
 
 
 def timed(
