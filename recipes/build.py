@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from recipes import parallel
+from recipes.data import TextDataModule
 from recipes.embeddings import untie
 from recipes.heads import check_head
 from recipes.models import load_model
 from recipes.objectives import Layers, Objective
 from recipes.objectives.layers import LayerErrors
 from recipes.stages import Stage
-from recipes.teacher import Teacher, load_teacher
+from recipes.teacher import Teacher
+from recipes.teacher_store import TeacherStore, fill, keys_of, require_space
+from recipes.windows import Windows
+
+log = logging.getLogger(__name__)
 
 
 def build_student(config: DictConfig, start: Path) -> PreTrainedModel:
@@ -61,11 +71,94 @@ def build_objectives(
 
 def build_teacher(config: DictConfig, source: Path) -> Teacher:
     """The teacher of a run, on the CPU."""
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return load_teacher(config.teacher, {**config.model, "path": str(source)}, on_gpu=on_gpu)
+    given = config.teacher
+    chosen = {
+        "path": given.path or str(source),
+        "dtype": teacher_dtype(config),
+        "attn_implementation": given.attn_implementation or config.model.attn_implementation,
+    }
+    return Teacher(load_model({**config.model, **chosen}))
 
 
 def _check_vocabulary(student: PreTrainedModel, teacher: Teacher) -> None:
     theirs, own = (model.get_output_embeddings().weight.shape[0] for model in (teacher.model, student))
     if theirs != own:
         raise ValueError(f"teacher has {theirs} tokens in its vocabulary, the student {own}; they must have the same")
+
+
+def open_store(config: DictConfig, stages: Sequence[Stage], *, source: Path, own: Path) -> TeacherStore | None:
+    """Where the teacher's stored probabilities lie or will; None where no stage asks for them.
+
+    Args:
+        config: of the run.
+        stages: of the run.
+        source: the folder of the original model.
+        own: the folder that a run without teacher.cache takes.
+    """
+    asked = {(stage.top.k, stage.top.temperature) for stage in stages if stage.top is not None}
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise ValueError("objective.kl_topk must have the same k and temperature in all stages")
+    k, temperature = asked.pop()
+    identity = {
+        "teacher": _digest(Path(config.teacher.path or source)),
+        "dtype": teacher_dtype(config),
+        "k": k,
+        "temperature": temperature,
+    }
+    folder = own if config.teacher.cache is None else Path(config.teacher.cache).expanduser()
+    return TeacherStore(folder, identity)
+
+
+def fill_store(
+    config: DictConfig, store: TeacherStore, stages: Sequence[Stage], data: TextDataModule, *, source: Path
+) -> None:
+    """Stores what the stages that ask for it will train on; the teacher is loaded for this alone.
+
+    `data` gives the training batches; the windows are those of the run, whoever trains on them later.
+    """
+    asked = [stage for stage in stages if stage.top is not None]
+    top = asked[0].top
+    assert top is not None
+    accumulate = config.batch.accumulate * parallel.world_size(config.trainer)
+    windows = enumerate(Windows(data.train_loader(), steps=asked[-1].end, accumulate=accumulate))
+    needed = (batch for step, window in windows if any(s.first <= step < s.end for s in asked) for batch in window)
+    tokens = config.batch.size * config.batch.seq_len * accumulate * sum(stage.steps for stage in asked)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.folder / ".lock"):
+        store.refresh()
+        missing = (batch for batch in needed if not all(key in store for key in keys_of(batch)))
+        first = next(missing, None)
+        if first is None:
+            return
+        if not len(store):
+            require_space(store.folder, tokens=min(tokens, data.tokens_per_epoch or tokens), k=top.k)
+        log.info("storing the teacher's %d most probable tokens in %s", top.k, store.folder)
+        teacher = build_teacher(config, source)
+        teacher.to(torch.device("cuda" if _on_gpu(config) else "cpu"))
+        fill(store, teacher, chain([first], missing), k=top.k, temperature=top.temperature)
+
+
+def teacher_dtype(config: DictConfig) -> str:
+    """What the teacher computes in: bfloat16 on a GPU and float32 elsewhere, where the config leaves it open."""
+    if config.teacher.dtype != "auto":
+        return config.teacher.dtype
+    return "bfloat16" if _on_gpu(config) else "float32"
+
+
+def _on_gpu(config: DictConfig) -> bool:
+    return parallel.uses_gpu(config.trainer.accelerator)
+
+
+def _digest(model: Path) -> str:
+    """Of a model's folder: its config, and of each file of weights the size, beginning and end."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]

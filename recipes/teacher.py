@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from recipes.attentions import attention_modules, watching
 from recipes.heads import check_head, head_of
 from recipes.losses import FullTeacher
-from recipes.models import load_model
 from recipes.packed import Batch, hidden_packed
 
 
@@ -54,19 +52,3 @@ class Teacher:
 
     def _head(self, hidden: Tensor) -> FullTeacher:
         return FullTeacher(hidden, **head_of(self.model)._asdict())
-
-
-def load_teacher(config: Mapping[str, Any], model: Mapping[str, Any], *, on_gpu: bool) -> Teacher:
-    """The teacher of conf/uptrain.yaml's `teacher`, on the CPU.
-
-    Args:
-        config: path (None: the model before its conversion), dtype (auto: bfloat16 on a GPU, float32 elsewhere) and
-            attn_implementation (None: the student's).
-        model: the conf/model group.
-        on_gpu: whether it is to run on a GPU.
-    """
-    dtype = config["dtype"]
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
-    chosen = {key: config[key] or model[key] for key in ("path", "attn_implementation")}
-    return Teacher(load_model({**model, **chosen, "dtype": dtype}))

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes import parallel
-from recipes.build import build_objectives, build_student
+from recipes.build import build_objectives, build_student, fill_store, open_store
 from recipes.calibration import FROM_DATA, calibrated
 from recipes.check import check_config
 from recipes.checkpointing import Checkpoints, last_checkpoint
@@ -37,6 +37,7 @@ from recipes.parallel import is_main_process
 from recipes.report import write_report
 from recipes.run_folder import RunFolder, git_commit
 from recipes.stages import Stage, plan_stages
+from recipes.teacher_store import TaughtData
 from recipes.trainer import (
     build_loggers,
     build_trainer,
@@ -103,6 +104,9 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
     judge("original", source, in_common=True)
     if convert:
         judge("converted", start, in_common=True)
+    store = open_store(config, stages, source=source, own=run.path / "teacher")
+    if store is not None:
+        fill_store(config, store, stages, data, source=source)
     log.info("training for %d steps", steps)
     parallel.wait_for_all()
     model, curve = train(config, run, data, source=source, start=start, stages=stages)
@@ -210,7 +214,9 @@ def train(
         callbacks=[validation, checkpoints],
         loggers=build_loggers(config.logger, folder=run.logs, first_step=first_step),
     )
-    windows = WindowedData(data, steps=steps, accumulate=config.batch.accumulate)
+    store = open_store(config, stages, source=source, own=run.path / "teacher")
+    taught = data if store is None else TaughtData(data, store)
+    windows = WindowedData(taught, steps=steps, accumulate=config.batch.accumulate)
     trainer.fit(module, datamodule=windows, ckpt_path=resumed)
     if checkpoints.stopped_by is not None and trainer.global_step < steps:
         log.warning("stopped after step %d; resume=%s goes on from there", trainer.global_step, run.path)

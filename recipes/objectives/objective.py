@@ -79,7 +79,7 @@ class Objective:
             loss = linear_cross_entropy(hidden, weight, targets, **rest)
             return ce_weight * loss, {"ce": loss.detach()}
         if isinstance(self._kl, TopKL):
-            teacher: FullTeacher | TopTeacher = TopTeacher(batch["teacher_ids"], batch["teacher_logprobs"])
+            teacher: FullTeacher | TopTeacher = _stored(batch)
         else:
             assert saw is not None
             teacher = saw.head
@@ -97,6 +97,12 @@ class Objective:
 def next_token(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy in nats, summed over the target tokens of a packed batch."""
     return Objective([CE()])(model, batch).total
+
+
+def _stored(batch: Batch) -> TopTeacher:
+    if "teacher_ids" not in batch:
+        raise ValueError("teacher.cache has no probabilities of a piece of this text")
+    return TopTeacher(batch["teacher_ids"], batch["teacher_logprobs"])
 
 
 def _of(kind: type[Kind], terms: Sequence[Term]) -> Kind | None:
