@@ -64,7 +64,7 @@ def linear_cross_entropy(
         weight, bias: the head, `[V, D]` and `[V]`.
         targets: int64 `[T]`; rows with IGNORED give no loss and no gradient.
         softcap, logit_scale: what the model does to its logits (Gemma 2, Cohere and Granite).
-        chunk_tokens: tokens whose logits are held at once; None takes what makes them about half a GiB on a GPU.
+        chunk_tokens: tokens whose logits are held at once; None takes what makes them at most 1 GiB in bf16 on a GPU.
         backend: "auto", "triton" or "torch": what computes softmax and gradient of a chunk.
 
     Returns:

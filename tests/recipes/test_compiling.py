@@ -7,7 +7,6 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import attnzoo.hf  # noqa: F401
-
 from recipes.compiling import compile_model
 from recipes.packed import hidden_packed, pack
 
@@ -54,9 +53,9 @@ def test_auto_compiles_on_a_gpu_alone(choice, device, compiles):
     model, counter = tiny(1), CompileCounter()
     compile_model(model, choice, device=device, backend=counter)
     hidden_packed(model, batch(9, 11))
-    assert (counter.frame_count > 0) == compiles
+    assert (counter.frame_count > 0) == bool(compiles)
 
 
 def test_another_choice_is_refused():
-    with pytest.raises(ValueError, match="trainer.compile must be one of auto, layers, model, off, got 'fast'"):
+    with pytest.raises(ValueError, match="compile must be one of auto, layers, model, off, got 'fast'"):
         compile_model(tiny(1), "fast", device="cpu")
