@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from recipes.evaluate_decode import decode_speed
 from recipes.evaluate_samples import write_on
 from recipes.evaluate_speed import cache_bytes_per_token, measure_speed
 from recipes.packed import Batch
@@ -37,6 +38,7 @@ class Evaluation:
     parameters: tied ones count once.
     kv_bytes_per_token: growth of the filled cache, of one sequence, over a prompt.
     prefill_tokens_per_s, decode_tokens_per_s: of one sequence; None when speed was not measured.
+    batch_decode_tokens_per_s: of many sequences together with long caches; None when that was not measured.
     domains: cross_entropy, accuracy and tokens of each domain of the text.
     context: cross_entropy and tokens by how many tokens of the document stood before the one that was predicted:
         rows with first, last.
@@ -53,6 +55,7 @@ class Evaluation:
     kv_bytes_per_token: float
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    batch_decode_tokens_per_s: float | None = None
     domains: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     context: Sequence[Mapping[str, float]] = dataclasses.field(default_factory=list)
     samples: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -66,6 +69,7 @@ def evaluate(
     name: str,
     speed: bool = True,
     prompt_tokens: int = 256,
+    decode: Mapping[str, int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts: Sequence[str] = (),
     sample_tokens: int = 48,
@@ -80,6 +84,7 @@ def evaluate(
         speed: measure prefill and decode tokens/s too.
         prompt_tokens: length of the prompt that fills the cache and that speed is measured with; the same for all
             models that are to be compared.
+        decode: batch and length of the caches with which to measure decoding of many sequences; None measures none.
         tokenizer: reads the prompts.
         prompts: what the model is to write on from.
         sample_tokens: how far it writes.
@@ -97,7 +102,8 @@ def evaluate(
             scores = {domain: score(model, batches, device) for domain, batches in domains.items()}
             prompt_tokens = min(prompt_tokens, getattr(model.config, "max_position_embeddings", prompt_tokens) // 2)
             cache_bytes = cache_bytes_per_token(model, prompt_tokens)
-            prefill, decode = measure_speed(model, prompt_tokens) if speed else (None, None)
+            prefill, written = measure_speed(model, prompt_tokens) if speed else (None, None)
+            together = decode_speed(model, **decode) if decode else None
             samples = write_on(model, tokenizer, prompts, sample_tokens) if prompts and tokenizer else {}
     finally:
         model.train(was_training)
@@ -112,7 +118,8 @@ def evaluate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         kv_bytes_per_token=cache_bytes,
         prefill_tokens_per_s=prefill,
-        decode_tokens_per_s=decode,
+        decode_tokens_per_s=written,
+        batch_decode_tokens_per_s=together,
         samples=samples,
     )
 
@@ -186,6 +193,7 @@ def _evaluate_path(path: str, config: DictConfig) -> Evaluation:
         name=Path(path).name.removeprefix("sample:"),
         speed=config.speed,
         prompt_tokens=config.prompt_tokens,
+        decode=config.decode,
         tokenizer=tokenizer,
         prompts=config.prompts,
         sample_tokens=config.sample_tokens,

@@ -27,7 +27,7 @@ def cache_bytes_per_token(model: nn.Module, prompt_tokens: int) -> float:
 
 def measure_speed(model: nn.Module, prompt_tokens: int) -> tuple[float, float]:
     """Median tokens/s of reading a random prompt and of writing on after it, one sequence, after a warm-up."""
-    ids = _prompt(model, prompt_tokens)
+    ids = random_prompt(model, prompt_tokens)
     _prefill(model, ids)
     prefill = [_seconds(ids.device, lambda: _prefill(model, ids)) for _ in range(PREFILL_RUNS)]
     cache = _prefill(model, ids)
@@ -45,7 +45,7 @@ def _prefill(model: nn.Module, ids: Tensor) -> Any:
 
 
 def _cache_bytes(model: nn.Module, tokens: int) -> int:
-    cache = _prefill(model, _prompt(model, tokens))
+    cache = _prefill(model, random_prompt(model, tokens))
     if cache is None:
         raise ValueError(f"{type(model).__name__} gives no cache although use_cache is true")
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache, seen=set()))
@@ -69,20 +69,20 @@ def _tensors(thing: Any, seen: set[int]) -> list[Tensor]:
     return [tensor for item in inside for tensor in _tensors(item, seen)]
 
 
-def _prompt(model: nn.Module, tokens: int) -> Tensor:
+def random_prompt(model: nn.Module, tokens: int) -> Tensor:
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

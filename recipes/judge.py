@@ -64,6 +64,8 @@ class Judge:
                 self.data.val_domains(),
                 name=name,
                 speed=self.config.speed,
+                prompt_tokens=how.prompt_tokens,
+                decode=None if name == "converted" else how.decode,  # its speed is that of the uptrained model
                 tokenizer=self.tokenizer,
                 prompts=how.prompts,
                 sample_tokens=how.sample_tokens,

@@ -46,7 +46,7 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
         axes.axhline(height, color=colour, linestyle="--", linewidth=1.4)
         on_left = one.cross_entropy < middle  # the curve falls from the upper left to the lower right
         axes.annotate(
-            f"{one.name}  {_short(one.perplexity)}",
+            f"{one.name}  {short(one.perplexity)}",
             (0.01 if on_left else 0.99, height),
             xycoords=("axes fraction", "data"),
             xytext=(0, 4),
@@ -60,7 +60,7 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
         values = [min(math.exp(min(point["cross_entropy"], 700)), HIGHEST) for point in curve]
         axes.plot(tokens, values, color=colour, linewidth=2, marker="o", markersize=4)
         axes.annotate(
-            f"{evaluations[last].name}  {_short(evaluations[last].perplexity)}",
+            f"{evaluations[last].name}  {short(evaluations[last].perplexity)}",
             (tokens[-1], values[-1]),
             xytext=(0, 13),
             textcoords="offset points",
@@ -68,16 +68,16 @@ def _perplexity(axes: Axes, evaluations: Sequence[Evaluation], curve: Sequence[M
             color=colour,
         )
         axes.set_xlabel("tokens trained on", color=TEXT)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     else:
         axes.set_xticks([])
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.15, high * 1.35)  # room for the words above the lines
     subs = (1, 2, 5) if math.log10(high / low) < 4 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _quiet(axes, grid="y")
+    quiet(axes, grid="y")
 
 
 def _bars(axes: Axes, title: str, evaluations: Sequence[Evaluation], values: Sequence[float]) -> None:
@@ -91,11 +91,11 @@ def _bars(axes: Axes, title: str, evaluations: Sequence[Evaluation], values: Seq
     for place, value in zip(places, values, strict=True):
         exact = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         axes.annotate(exact, (value, place), xytext=(4, 0), textcoords="offset points", va="center", color=TEXT)
-    _quiet(axes)
+    quiet(axes)
     axes.spines["bottom"].set_visible(False)
 
 
-def _quiet(axes: Axes, grid: str | None = None) -> None:
+def quiet(axes: Axes, grid: str | None = None) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=TEXT, which="both")
@@ -104,7 +104,7 @@ def _quiet(axes: Axes, grid: str | None = None) -> None:
         axes.set_axisbelow(True)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """1234567 as 1.23M."""
     if value >= 1e12:
         return f"{value:.1e}"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.common import fingerprint
 
-FIELDS = ("seeds", "arms", "grid", "figure")
+FIELDS = ("seeds", "arms", "grid", "each", "figure")
 FIGURES = ("curves", "gqa_paper", "compare")
 NEEDED = re.compile(r"\{arm:([^}]+)\}")  # in an override: the folder of the model that this arm ends with
 
@@ -45,6 +45,10 @@ class Arm:
 def read_study(experiment: str, overrides: Sequence[str]) -> Mapping[str, Any]:
     """The `study` of an experiment, as a dictionary with all fields.
 
+    seeds; arms, overrides by name; grid, a list of axes of such, every combination of which is an arm; each, overrides
+    of all arms of the grid; figure, what is drawn. An override may name the model that another arm ends with, of the
+    same seed, as {arm:NAME}.
+
     Raises:
         ValueError: for an experiment that is no study, and for an unknown field or figure.
     """
@@ -56,7 +60,7 @@ def read_study(experiment: str, overrides: Sequence[str]) -> Mapping[str, Any]:
     unknown = sorted(set(study) - set(FIELDS))
     if unknown:
         raise ValueError(f"study.{unknown[0]} is no field of a study; allowed are {', '.join(FIELDS)}")
-    study = {"seeds": [0], "arms": {}, "grid": [], "figure": "curves"} | study
+    study = {"seeds": [0], "arms": {}, "grid": [], "each": [], "figure": "curves"} | study
     if study["figure"] not in FIGURES:
         raise ValueError(f"study.figure is {study['figure']!r}; allowed are {', '.join(FIGURES)}")
     if not study["arms"] and not study["grid"]:
@@ -78,7 +82,7 @@ def plan_arms(experiment: str, overrides: Sequence[str], folder: Path) -> list[A
         axes = tuple(reversed(entries))  # the first axis changes fastest, so that the first arms start differently
         own = [one for axis, entry in zip(study["grid"], axes, strict=True) for one in axis[entry] or ()]
         if axes:
-            named[", ".join(axes)] = (axes, own)
+            named[", ".join(axes)] = (axes, [*study["each"], *own])
     arms: dict[tuple[str, int], Arm] = {}
     for name, (axes, own) in named.items():
         for seed in study["seeds"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shutil
 import sys
 import time
 import traceback
@@ -83,8 +84,6 @@ def _ran(arm: Arm, here: Path, run_arm: Callable[[Arm, Path], None]) -> bool:
 
 def run_uptraining(arm: Arm, here: Path) -> None:
     """One run of `attnzoo uptrain` in this process; its checkpoint goes, since its model is exported."""
-    import shutil
-
     import torch
 
     from recipes.uptrain import uptrain
@@ -94,7 +93,6 @@ def run_uptraining(arm: Arm, here: Path) -> None:
     uptrain(OmegaConf.create(dict(arm.config)), run)
     write_whole(here / "timing.json", json.dumps({"seconds": time.time() - started}))
     shutil.rmtree(run.checkpoints, ignore_errors=True)
-    torch.compiler.reset()  # what was compiled belongs to a model that is gone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
