@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -82,7 +81,6 @@ class Uptraining(LightningModule):
         self._stage: int | None = None
         self._still: list[Tensor] = []  # parameters of this stage that do not train
         self._readings = Readings()
-        self._read_at = 0.0
         self._bad: Tensor | None = None  # 1.0 from the first step on whose numbers are not finite
         _train_only(model, set().union(*self._trained))
         self._leaves_some_out = len(stages) > 1 or any(stage.leaves_some_out for stage in stages)
@@ -112,8 +110,7 @@ class Uptraining(LightningModule):
     def training_step(self, window: list[Batch], index: int) -> None:
         stage, objective = self._enter(stage_at(self.stages, self.global_step))
         progress, rate = stage.progress(self.global_step), stage.learning_rate(self.global_step)
-        torch.manual_seed(_mix(self.seed, self.global_step, self.global_rank))
-        self._read_at = self._read_at or time.perf_counter()
+        torch.manual_seed(step_seed(self.seed, self.global_step, self.global_rank))
         self.model.zero_grad()
         held = torch.full((), sum(batch["input_ids"].numel() for batch in window), device=self.device)
         counts = torch.stack([sum(map(count_targets, window)), held])  # type: ignore[list-item]
@@ -206,9 +203,7 @@ class Uptraining(LightningModule):
             raise NotFinite(reading.step, numbers["loss"], numbers["gradient_norm"], list(reading.window))
         self.tokens_of_a_step = round(numbers.pop("tokens"))
         self.tokens += self.tokens_of_a_step
-        before, self._read_at = self._read_at, time.perf_counter()
-        speed = self.tokens_of_a_step / (self._read_at - before)
-        self.shown = {**numbers, "tokens_per_s": speed, "lr": reading.rate, "tokens": float(self.tokens)}
+        self.shown = {**numbers, "lr": reading.rate, "tokens": float(self.tokens)}
         if reading.step % self.trainer.log_every_n_steps == 0:
             for logger in self.trainer.loggers:  # not self.log, which brings the numbers back to the device
                 logger.log_metrics({f"train/{name}": value for name, value in self.shown.items()}, step=reading.step)
@@ -224,6 +219,6 @@ def _train_only(model: PreTrainedModel, names: set[str]) -> None:
         parameter.requires_grad_(name in names)
 
 
-def _mix(seed: int, step: int, rank: int) -> int:
+def step_seed(seed: int, step: int, rank: int) -> int:
     """A seed of its own for each step and rank."""
     return hash((seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF

@@ -17,20 +17,27 @@ from transformers import PreTrainedModel
 
 from recipes import parallel
 from recipes.checkpointing import SafetensorsIO
+from recipes.meters import Meters, clock
 from recipes.sharded import Replicated, Sharded
 
 
 class ProgressBar(TQDMProgressBar):
-    """Shows loss, tokens/s, learning rate and the last validation by short names."""
+    """Shows loss, speed, learning rate, memory, time left and the last validation by short names."""
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("uptraining")  # to Lightning the whole run is one epoch
 
     def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        short = {"tokens_per_s": "tokens/s", "val/cross_entropy": "val"}
-        metrics = {**getattr(args[1], "shown", {}), **super().get_metrics(*args, **kwargs)}
+        short = {"tokens_per_s": "tokens/s", "memory_gib": "GiB", "seconds_left": "left", "val/cross_entropy": "val"}
+        trainer, module = args
+        metrics = dict(getattr(module, "shown", {}))
+        for meters in trainer.callbacks:
+            metrics |= meters.shown if isinstance(meters, Meters) else {}
+        metrics |= super().get_metrics(*args, **kwargs)
         metrics.pop("v_num", None)
+        if "seconds_left" in metrics:
+            metrics["seconds_left"] = clock(metrics["seconds_left"])
         return {short.get(name, name.removeprefix("train/")): value for name, value in metrics.items()}
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes import parallel
+from recipes.bad_batch import KeepBadBatch
 from recipes.build import build_objectives, build_student, fill_store, open_store
 from recipes.calibration import FROM_DATA, calibrated
 from recipes.check import check_config
@@ -31,6 +32,7 @@ from recipes.export import export
 from recipes.judge import Judge
 from recipes.length import training_steps
 from recipes.lora import add_lora
+from recipes.meters import Meters
 from recipes.models import load_tokenizer
 from recipes.module import Uptraining
 from recipes.parallel import is_main_process
@@ -207,11 +209,12 @@ def train(
         at_tokens=config.validation.at_tokens,
         limit=config.validation.batches,
     )
+    meters = Meters(precision=config.trainer.precision, seq_len=config.batch.seq_len)
     checkpoints = Checkpoints(run.checkpoints, **config.checkpoint)
     trainer = build_trainer(
         config.trainer,
         max_steps=steps,
-        callbacks=[validation, checkpoints],
+        callbacks=[meters, validation, checkpoints, KeepBadBatch(run.path / "not_finite"), meters.rest],
         loggers=build_loggers(config.logger, folder=run.logs, first_step=first_step),
     )
     store = open_store(config, stages, source=source, own=run.path / "teacher")
