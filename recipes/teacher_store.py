@@ -1,7 +1,7 @@
 """A teacher's most probable next tokens on disk, so that training needs no teacher beside the student.
 
-They are stored by pieces of documents, under a hash of the piece's tokens: so they fit any order of the rows, any number
-of ranks, and every run that reads the same text in rows of the same length.
+They are stored by pieces of documents, under a hash of the tokens: so they fit any order of the rows, any number of
+ranks, and every run that reads the same text in rows of the same length.
 """
 
 from __future__ import annotations
