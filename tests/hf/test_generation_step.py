@@ -27,11 +27,11 @@ HELD, ROOM, WINDOW = (70, 3, 41), 90, 24
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained of this model")
 
 
-def filled(kind: str, *, latent: bool = False) -> tuple[OnDevice, Tensor]:
+def filled(kind: str, *, latent: bool = False, dtype: torch.dtype = torch.float32) -> tuple[OnDevice, Tensor]:
     """Rows of `HELD` tokens that count on the device, the next token written; and all keys, `[B, Hk, 71, D]`."""
     torch.manual_seed(0)
     heads, sizes = (1, (32, 16)) if latent else (2, (16, 16))
-    k, v = (torch.randn(3, heads, max(HELD), size, device=DEVICE) for size in sizes)
+    k, v = (torch.randn(3, heads, max(HELD), size, device=DEVICE, dtype=dtype) for size in sizes)
     memory = _maker(kind, 3, ROOM, WINDOW, latent=latent)(k, v)
     held = memory.stored()
     for part in (*held.k, *held.v):
@@ -41,7 +41,7 @@ def filled(kind: str, *, latent: bool = False) -> tuple[OnDevice, Tensor]:
     if kind.startswith("paged"):
         memory.reserve(4)
     device_side = OnDevice(memory, Clock(memory.row_lengths(), k.device), ROOM)
-    new = [torch.randn(3, heads, 1, size, device=DEVICE) for size in sizes]
+    new = [torch.randn(3, heads, 1, size, device=DEVICE, dtype=dtype) for size in sizes]
     device_side.write(*new)
     keys = torch.cat([k, new[0]], dim=2)
     for row, length in enumerate(HELD):
@@ -88,11 +88,12 @@ def test_what_was_written_on_the_device_is_what_the_host_finds_afterwards(kind):
 @pytest.mark.parametrize(
     ("kind", "latent"), [*((kind, False) for kind in KINDS), ("contiguous", True), ("paged_int8", True)]
 )
-def test_one_kernel_writes_what_plain_operations_do(kind, latent, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16])
+def test_one_kernel_writes_what_plain_operations_do(kind, latent, dtype, monkeypatch):
     held = {}
     for fused in (True, False):
         monkeypatch.setattr(device, "store", partial(store, fused=fused))
-        held[fused] = filled(kind, latent=latent)[0].stored()
+        held[fused] = filled(kind, latent=latent, dtype=dtype)[0].stored()
     for one in ("k", "v"):
         pairs = list(zip(getattr(held[True], one), getattr(held[False], one), strict=True))
         pairs += [] if held[True].recent is None else [(getattr(half.recent, one)[0] for half in held.values())]
