@@ -26,9 +26,10 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def changed_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int]:
     """The numbers of the layers whose attention is another than the teacher's; all of them where none is."""
-    pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
-    changed = [number for number, (one, other) in enumerate(pairs) if not _same(one, other)]
-    return changed or list(range(len(attention_modules(student))))
+    pairs = list(zip(attention_modules(student), attention_modules(teacher), strict=True))
+    configs = student.config.to_dict(), teacher.config.to_dict()
+    changed = [number for number, pair in enumerate(pairs) if not _same(pair, number, configs)]
+    return changed or list(range(len(pairs)))
 
 
 class Watch:
@@ -103,24 +104,21 @@ def feeding(model: PreTrainedModel, modules: Sequence[nn.Module], inputs: dict[i
         yield
 
 
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two attention modules compute the same, up to the numbers in their configs."""
-    plain = (bool, int, float, str, type(None))
-    seen = [
-        {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}
-        for module in (one, other)
-    ]
-    if type(one) is not type(other) or seen[0] != seen[1] or _mask(one) != _mask(other):
+def _same(pair: tuple[nn.Module, nn.Module], number: int, configs: tuple[dict[str, Any], dict[str, Any]]) -> bool:
+    """Whether two layers are softmax attention of the same weights under the same mask."""
+    from attnzoo.hf.linear import SwappedLinearAttention
+    from attnzoo.hf.plan import mask_of
+
+    if any(isinstance(module, SwappedLinearAttention) for module in pair):
         return False
-    weights, others = dict(one.named_parameters()), dict(other.named_parameters())
-    return weights.keys() == others.keys() and all(
+    weights, others = (dict(module.named_parameters()) for module in pair)
+    if weights.keys() != others.keys():
+        return False
+    masks = [mask_of(module, number, config) for module, config in zip(pair, configs, strict=True)]
+    return masks[0] == masks[1] and all(
         weight.shape == others[name].shape and torch.equal(weight.to(others[name].dtype), others[name])
         for name, weight in weights.items()
     )
-
-
-def _mask(module: nn.Module) -> Any:
-    return getattr(module, "mask", None)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
