@@ -57,7 +57,8 @@ class Given(NamedTuple):
 
 def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, scale: float) -> Gradients:
     """Gradients of q, k, v and the initial state."""
-    from attnzoo.ops.linear.triton import kernels_backward as kernels
+    from attnzoo.ops.linear.triton.kernels_grad_keys import grad_keys, grad_values
+    from attnzoo.ops.linear.triton.kernels_grad_queries import grad_queries
 
     x = given.tidy()
     (batch, heads, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
@@ -79,7 +80,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
             before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
         tail = (x.cu_seqlens, parts.table)
-        kernels.grad_queries[(parts.programs, heads, blocks(dim, config.queries))](
+        grad_queries[(parts.programs, heads, blocks(dim, config.queries))](
             x.q,
             x.k,
             x.v,
@@ -102,7 +103,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
         group = x.group if causal else 1
         sizes = (k_len, k_parts.parts, k_parts.part, scale)
         where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
-        kernels.grad_keys[(k_parts.programs, kv_heads, blocks(dim, config.keys))](
+        grad_keys[(k_parts.programs, kv_heads, blocks(dim, config.keys))](
             x.q,
             x.k,
             x.v,
@@ -118,7 +119,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             *sizes,
             **constants(config, config.keys, normalize, feature_map, by_features=True, CAUSAL=causal, GROUP=group),
         )
-        kernels.grad_values[(k_parts.programs, kv_heads, blocks(v_dim, config.values))](
+        grad_values[(k_parts.programs, kv_heads, blocks(v_dim, config.values))](
             x.q,
             x.k,
             x.d_out,
@@ -151,12 +152,12 @@ def sum_gradients(
 
     With the normaliser `dots [B, Hq, Sq]` are written: upstream gradient times output.
     """
-    from attnzoo.ops.linear.triton import kernels_backward as kernels
+    from attnzoo.ops.linear.triton.kernels_grad_queries import sum_gradient_parts
 
     kv_heads, tiles = x.k.shape[1], config.sum_gradients
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=x.q.device)
     z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
-    kernels.sum_gradient_parts[(parts.programs, kv_heads, blocks(config.dim, tiles))](
+    sum_gradient_parts[(parts.programs, kv_heads, blocks(config.dim, tiles))](
         x.q,
         x.d_out,
         x.out,

@@ -48,19 +48,20 @@ def builds() -> Builds:
 
 def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, absent: tuple[str, ...]) -> Builds:
     """The kernels that walk over chunks."""
-    from attnzoo.ops.linear.triton import kernels_backward as backward
     from attnzoo.ops.linear.triton import kernels_forward as forward
+    from attnzoo.ops.linear.triton import kernels_grad_keys as keys
+    from attnzoo.ops.linear.triton import kernels_grad_queries as queries
 
     config = configure(dim, dim, dtype, dtype)
     for kernel, tiles, by_features in (
         (forward.sum_parts, config.sums, False),
         (forward.attend, config.attend, False),
-        (backward.sum_gradient_parts, config.sum_gradients, True),
-        (backward.grad_queries, config.queries, True),
-        (backward.grad_values, config.values, False),
-        (backward.grad_keys, config.keys, True),
+        (queries.sum_gradient_parts, config.sum_gradients, True),
+        (queries.grad_queries, config.queries, True),
+        (keys.grad_values, config.values, False),
+        (keys.grad_keys, config.keys, True),
     ):
-        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True}
+        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "STATE_FIRST": tiles.state_first}
         options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
         yield _build(kernel, options, dtype, absent)
 

@@ -74,7 +74,15 @@ def attend(
             parts.parts,
             parts.part,
             scale,
-            **constants(config, config.attend, normalize, feature_map, CAUSAL=causal, GROUP=heads // kv_heads),
+            **constants(
+                config,
+                config.attend,
+                normalize,
+                feature_map,
+                CAUSAL=causal,
+                GROUP=heads // kv_heads,
+                STATE_FIRST=config.attend.state_first,
+            ),
         )
     return out, total, s1, z1, sums, z_sums
 

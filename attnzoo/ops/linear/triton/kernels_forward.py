@@ -1,7 +1,9 @@
 """Linear attention forward: sums of each part of a sequence, then a walk over each part's chunks.
 
-A program holds a block of the values' columns and all features, and its state transposed [BV, BD]: so what has a
-feature map is a matrix product's second operand, which is mapped once, wherever it can be.
+A program holds a block of the values' columns and all features, and its state transposed [BV, BD]. If STATE_FIRST the
+state is a matrix product's first operand, straight from the registers in which it is summed, and outputs come out
+transposed: so a block may have 128 columns, over two groups of warps. The normaliser's sums z stand in a few rows whose
+sum they are (see `sum_rows`).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,22 +12,33 @@ feature map is a matrix product's second operand, which is mapped once, wherever
 import triton
 import triton.language as tl
 
+from attnzoo.ops.linear.triton.states import first_row, load_state, state_before, store_state
 from attnzoo.ops.linear.triton.tiles import (
+    NARROW,
     decay_since,
     decay_until,
     head_base,
     inverse_or_zero,
     load_features,
-    load_state,
     load_tile,
     locate,
     mask_weights,
-    part_fade,
     real_tokens,
     row_mask,
-    store_state,
     store_tile,
+    sum_rows,
 )
+
+
+@triton.jit
+def blank_keys(start, chunks, low, high, FADES: tl.constexpr, MAP: tl.constexpr, CHUNK: tl.constexpr):
+    """What keys outside the rows [low, high) have added to every sum in z: each one, where map(0) is 1."""
+    found = 0.0
+    if MAP == "elu":
+        if not FADES:
+            real = tl.maximum(tl.minimum(start + chunks * CHUNK, high) - tl.maximum(start, low), 0)
+            found = (chunks * CHUNK - real).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -73,60 +86,34 @@ def sum_parts(
     if log_decay is not None:
         rate = tl.load(log_decay + head).to(tl.float32)
     s = tl.zeros([BV, BD], tl.float32)
-    z = tl.zeros([BD], tl.float32)
+    z = tl.zeros([NARROW, BD], tl.float32)
     start = begin + place * part
-    for first in range(start, tl.minimum(start + part, end + lag), CHUNK):
-        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, MAP)
+    stop = tl.maximum(tl.minimum(start + part, end + lag), start)
+    for first in range(start, stop, CHUNK):
+        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
         values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
         if log_decay is not None:
             real = real_tokens(first, end, CHUNK)
             fade = tl.exp(rate * real.to(tl.float32))
-            keys = keys * decay_until(rate, real, CHUNK)[:, None]
+            keys = (keys * decay_until(rate, real, CHUNK)[:, None]).to(COMPUTE)
             s, z = s * fade, z * fade
-        s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
+        s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
         if NORMALIZE:
-            z += tl.sum(keys, 0)
+            z += sum_rows(keys, CHUNK, BD)
+    chunks = tl.cdiv(stop - start, CHUNK)
+    blank = blank_keys(start - lag, chunks, begin, end, log_decay is not None, MAP, CHUNK)
     index = tl.program_id(0) * tl.num_programs(1) + head
-    store_state(sums, z_sums, index, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
+    store_state(sums, z_sums, index, v0, 0, s, tl.sum(z, 0) - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit
-def state_before(
-    s0,
-    z0,
-    sums,
-    z_sums,
-    n,
-    place,
-    head,
-    kv_heads,
-    begin,
-    end,
-    part,
-    rate,
-    v0,
-    d0,
-    NORMALIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    RV: tl.constexpr,
-    RD: tl.constexpr,
-):
-    """The state before this program's part: the initial one, and the sums of the parts before, in their order."""
-    s = tl.zeros([RV, RD], tl.float32)
-    z = tl.zeros([RD], tl.float32)
-    if s0 is not None:
-        s, z = load_state(s0, z0, n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
-    if sums is not None:
-        for earlier in range(0, place):
-            if rate is not None:
-                fade = part_fade(rate, begin, end, earlier, part)
-                s, z = s * fade, z * fade
-            index = (tl.program_id(0) - place + earlier) * kv_heads + head
-            more, z_more = load_state(sums, z_sums, index, v0, d0, NORMALIZE, D, DV, RV, RD)
-            s += more
-            z += z_more
-    return s, z
+def scale_tokens(x, factor, TRANSPOSED: tl.constexpr):
+    """x [CHUNK, N], or [N, CHUNK] if TRANSPOSED, times a factor [CHUNK]."""
+    if TRANSPOSED:
+        x = x * factor[None, :]
+    else:
+        x = x * factor[:, None]
+    return x
 
 
 @triton.jit
@@ -163,6 +150,7 @@ def attend(
     part,
     scale,
     CAUSAL: tl.constexpr,
+    STATE_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
@@ -192,49 +180,61 @@ def attend(
     rate = None
     if log_decay is not None:
         rate = tl.load(log_decay + head).to(tl.float32)
-    s, z = state_before(
+    s, before = state_before(
         s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, v0, 0, NORMALIZE, D, DV, BV, BD
     )
+    z = first_row(before, NARROW)
     start = begin + place * part
-    for first in range(start, tl.minimum(start + part, stop), CHUNK):
-        mapped = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, MAP)
-        queries = mapped.to(COMPUTE)
-        read = tl.dot(queries, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
+    stop = tl.maximum(tl.minimum(start + part, stop), start)
+    for first in range(start, stop, CHUNK):
+        queries = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
+        if CAUSAL:
+            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
+            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
+            weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            weights = mask_weights(weights, rate, False, CHUNK)
         if NORMALIZE:
-            weight = tl.sum(mapped * z[None, :], 1)
+            weight = tl.sum(tl.dot(queries, tl.trans(z.to(COMPUTE)), input_precision=PRECISION), 1)
+        if STATE_FIRST:
+            read = tl.dot(s.to(COMPUTE), tl.trans(queries), input_precision=PRECISION)  # [BV, CHUNK]
+        else:
+            read = tl.dot(queries, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)  # [CHUNK, BV]
         if log_decay is not None:
             since = decay_since(rate, CHUNK)
-            read = read * since[:, None]
+            read = scale_tokens(read, since, STATE_FIRST)
             if NORMALIZE:
                 weight = weight * since
         if CAUSAL:
-            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, MAP)
-            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
-            weights = tl.dot(queries, tl.trans(keys.to(COMPUTE)), input_precision=PRECISION)
-            weights = mask_weights(weights, rate, False, CHUNK)
             if NORMALIZE:
                 weight += tl.sum(weights, 1)
-            read = tl.dot(weights.to(COMPUTE), values, read, input_precision=PRECISION)
+            weights = weights.to(COMPUTE)
+            if STATE_FIRST:
+                read = tl.dot(tl.trans(values), tl.trans(weights), read, input_precision=PRECISION)
+            else:
+                read = tl.dot(weights, values, read, input_precision=PRECISION)
             if log_decay is not None:
                 real = real_tokens(first, end, CHUNK)
                 fade = tl.exp(rate * real.to(tl.float32))
-                keys = keys * decay_until(rate, real, CHUNK)[:, None]
+                keys = (keys * decay_until(rate, real, CHUNK)[:, None]).to(COMPUTE)
                 s, z = s * fade, z * fade
-            s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
+            s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
             if NORMALIZE:
-                z += tl.sum(keys, 0)
-        real_rows = row_mask(first, begin, end, CHUNK)
+                z += sum_rows(keys, CHUNK, BD)
         if NORMALIZE:
-            weight = tl.where(real_rows, weight, 0.0)
-            read = read * inverse_or_zero(weight)[:, None]
+            weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
+            read = scale_tokens(read, inverse_or_zero(weight), STATE_FIRST)
             if v0 == 0:
                 tl.store(total + first + tl.arange(0, CHUNK), weight, mask=row_mask(first, begin, stop, CHUNK))
         else:
-            read = read * tl.where(real_rows, scale, 0.0)[:, None]
+            read = scale_tokens(read, tl.where(row_mask(first, begin, end, CHUNK), scale, 0.0), STATE_FIRST)
+        if STATE_FIRST:
+            read = tl.trans(read)
         store_tile(out, o_s, first, begin, stop, DV - v0, read, CHUNK, BV, DV % BV == 0)
     if CAUSAL:
         if (place == count - 1) & (q_head % GROUP == 0):
-            store_state(s1, z1, n * kv_heads + head, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)
+            chunks = tl.cdiv(stop - start, CHUNK)
+            blank = blank_keys(start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
+            store_state(s1, z1, n * kv_heads + head, v0, 0, s, tl.sum(z, 0) - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit

@@ -9,8 +9,9 @@ every chunk's queries with the keys of their window. F features, D dimensions of
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_forward import state_before
+from attnzoo.ops.linear.triton.states import first_row, state_before
 from attnzoo.ops.linear.triton.tiles import (
+    NARROW,
     head_base,
     inverse_or_zero,
     load_features,
@@ -19,6 +20,7 @@ from attnzoo.ops.linear.triton.tiles import (
     mask_weights,
     row_mask,
     store_tile,
+    sum_rows,
 )
 
 
@@ -32,6 +34,24 @@ def seen_near(query, key, window, end, CHUNK: tl.constexpr, TRANSPOSED: tl.const
         queries = query + tl.arange(0, CHUNK)[:, None]
         keys = key + tl.arange(0, CHUNK)[None, :]
     return (queries >= keys) & (queries - keys < window) & (keys < end) & (queries < end)
+
+
+@triton.jit
+def load_far_features(
+    base,
+    stride,
+    first,
+    low,
+    high,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """As `load_features`, 0 outside the rows [low, high): before a sequence's first far key there are none."""
+    x = load_features(base, stride, first, low, high, width, ROWS, BLOCK, width == BLOCK, MAP, COMPUTE)
+    return tl.where(row_mask(first, low, high, ROWS)[:, None], x, 0.0).to(COMPUTE)
 
 
 @triton.jit
@@ -101,21 +121,22 @@ def hybrid_attend(
     out = head_base(out, row, q_head, o_b, o_h)
     at = (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
     factor = tl.load(gain + q_head).to(tl.float32)
-    s, z = state_before(
+    s, before = state_before(
         None, None, sums, z_sums, n, place, head, kv_heads, begin, end, part, None, 0, 0, True, F, DV, BV, BF
     )
+    z = first_row(before, NARROW)
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
-        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP)
-        keys = load_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, BF == F, MAP)
+        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
+        keys = load_far_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, MAP, COMPUTE)
         values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        weights = tl.dot(mapped.to(COMPUTE), tl.trans(keys.to(COMPUTE)), input_precision=PRECISION)
+        weights = tl.dot(mapped, tl.trans(keys), input_precision=PRECISION)
         weights = mask_weights(weights, None, False, CHUNK)
-        far = tl.dot(mapped.to(COMPUTE), tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
+        far = tl.dot(mapped, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
         far = tl.dot(weights.to(COMPUTE), values, far, input_precision=PRECISION)
-        weight = tl.sum(mapped * z[None, :], 1) + tl.sum(weights, 1)
-        s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
-        z += tl.sum(keys, 0)
+        weight = tl.sum(tl.dot(mapped, tl.trans(z.to(COMPUTE)), input_precision=PRECISION), 1) + tl.sum(weights, 1)
+        s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
+        z += sum_rows(keys, CHUNK, BF)
 
         queries = load_tile(q, q_s, first, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
         best = tl.full([CHUNK], -float("inf"), tl.float32)

@@ -11,9 +11,9 @@ is g's gradient.
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_backward import gradient_after, load_dots, load_inverse
-from attnzoo.ops.linear.triton.kernels_forward import state_before
-from attnzoo.ops.linear.triton.kernels_hybrid import seen_near
+from attnzoo.ops.linear.triton.kernels_grad_queries import find_dots, load_dots, load_inverse
+from attnzoo.ops.linear.triton.kernels_hybrid import load_far_features, seen_near
+from attnzoo.ops.linear.triton.states import gradient_after, state_before
 from attnzoo.ops.linear.triton.tiles import (
     head_base,
     load_features,
@@ -117,16 +117,16 @@ def hybrid_grad_queries(
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
         upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
         inverse = load_inverse(total + at, first, begin, end, 1.0, True, CHUNK)
-        found = load_dots(upstream, out, o_s, dots + at, first, begin, end, DV, True, BV, BV == DV, CHUNK)
-        keys = load_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, BF == F, MAP)
+        found = find_dots(upstream, out, o_s, dots + at, first, begin, end, DV, True, BV, BV == DV, CHUNK)
+        keys = load_far_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, MAP, COMPUTE)
         values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
         d_features = tl.dot(upstream, s.to(COMPUTE), input_precision=PRECISION) - found[:, None] * z[None, :]
         d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - found[:, None]
         d_weights = mask_weights(d_weights, None, False, CHUNK)
-        d_features = tl.dot(d_weights.to(COMPUTE), keys.to(COMPUTE), d_features, input_precision=PRECISION)
-        s = tl.dot(tl.trans(values), keys.to(COMPUTE), s, input_precision=PRECISION)
-        z += tl.sum(keys, 0)
-        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP)
+        d_features = tl.dot(d_weights.to(COMPUTE), keys, d_features, input_precision=PRECISION)
+        s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
+        z += tl.sum(keys.to(tl.float32), 0)
+        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
         d_features = times_slope(d_features * inverse[:, None], mapped, MAP)
         store_tile(d_fq, df_s, first, begin, stop, F, d_features, CHUNK, BF, BF == F)
 
@@ -242,9 +242,9 @@ def hybrid_grad_keys(
         first = start + (chunks - 1 - step) * CHUNK
         keys = load_tile(k, k_s, first, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
         values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        mapped = load_features(f_k, fk_s, first, begin, end, F, CHUNK, BF, BF == F, MAP)
+        mapped = load_features(f_k, fk_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
         d_features = tl.dot(values, s.to(COMPUTE), input_precision=PRECISION) + z[None, :]
-        d_values = tl.dot(mapped.to(COMPUTE), tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
+        d_values = tl.dot(mapped, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
         d_keys = tl.zeros([CHUNK, BD], tl.float32)
         for member in range(0, GROUP):
             q_head = head * GROUP + member
@@ -255,19 +255,19 @@ def hybrid_grad_keys(
             given = head_base(d_out, row, q_head, do_b, do_h)
 
             late = first + window
-            queries = load_features(own_f, fq_s, late, begin, end, F, CHUNK, BF, BF == F, MAP)
+            queries = load_features(own_f, fq_s, late, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
             upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
             inverse = load_inverse(total + at, late, begin, end, 1.0, True, CHUNK)
-            found = load_dots(upstream, None, 0, dots + at, late, begin, end, DV, False, BV, BV == DV, CHUNK)
-            queries = queries * inverse[:, None]
-            weights = tl.dot(mapped.to(COMPUTE), tl.trans(queries.to(COMPUTE)), input_precision=PRECISION)
+            found = load_dots(dots + at, late, begin, end, CHUNK)
+            queries = (queries * inverse[:, None]).to(COMPUTE)
+            weights = tl.dot(mapped, tl.trans(queries), input_precision=PRECISION)
             weights = mask_weights(weights, None, True, CHUNK)
             d_values = tl.dot(weights.to(COMPUTE), upstream, d_values, input_precision=PRECISION)
             d_weights = tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - found[None, :]
             d_weights = mask_weights(d_weights, None, True, CHUNK)
-            d_features = tl.dot(d_weights.to(COMPUTE), queries.to(COMPUTE), d_features, input_precision=PRECISION)
-            s = tl.dot(tl.trans(upstream), queries.to(COMPUTE), s, input_precision=PRECISION)
-            z -= tl.sum(queries * found[:, None], 0)
+            d_features = tl.dot(d_weights.to(COMPUTE), queries, d_features, input_precision=PRECISION)
+            s = tl.dot(tl.trans(upstream), queries, s, input_precision=PRECISION)
+            z -= tl.sum(queries.to(tl.float32) * found[:, None], 0)
 
             for other in range(first, tl.minimum(first + CHUNK + window - 1, end), CHUNK):
                 real = row_mask(other, begin, end, CHUNK)
@@ -278,7 +278,7 @@ def hybrid_grad_keys(
                 near_queries = load_tile(own_q, q_s, other, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
                 near_up = load_tile(given, do_s, other, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
                 near_inverse = load_inverse(total + at, other, begin, end, 1.0, True, CHUNK)
-                near_found = load_dots(near_up, None, 0, dots + at, other, begin, end, DV, False, BV, BV == DV, CHUNK)
+                near_found = load_dots(dots + at, other, begin, end, CHUNK)
                 scores = tl.dot(keys, tl.trans(near_queries), input_precision=PRECISION) * (scale * 1.4426950408889634)
                 seen = seen_near(other, first, window, end, CHUNK, True)
                 p = tl.where(seen, tl.exp2(tl.where(seen, scores - base[None, :], 0.0)), 0.0)

@@ -17,6 +17,7 @@ class Tiles(NamedTuple):
     block: int  # columns that one program writes: of values, or of features where it is queries' or keys' gradients
     warps: int
     stages: int  # of the pipeline of loads
+    state_first: bool = False  # `attend` multiplies with the state as first operand
 
 
 class Config(NamedTuple):
@@ -77,7 +78,7 @@ def configure(dim: int, v_dim: int, features: torch.dtype, values: torch.dtype) 
     per_sm, least = 2, 16
     tiles: tuple[Tiles, ...]
     if interpreted():
-        tiles = (Tiles(16, 32, 4, 1),) * 6
+        tiles = (Tiles(16, 32, 4, 1, widest > 32),) * 6
     elif compute == torch.bfloat16:
         # Rows of fewer than 128 bytes make wrong operands of Hopper's matrix products (seen with Triton 3.6).
         least = 64
@@ -93,8 +94,10 @@ def configure(dim: int, v_dim: int, features: torch.dtype, values: torch.dtype) 
 
 def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     """Tiles of bf16, of every kernel, and how many programs a multiprocessor should have."""
-    if widest <= 128:
-        return (Tiles(64, 64, 4, 3 if widest <= 64 else 2),) * 6, 4 if widest <= 64 else 2
+    if widest <= 64:
+        return (Tiles(64, 64, 4, 3),) * 6, 2
+    if widest <= 128:  # two groups of warps, over all columns: so nothing is mapped twice
+        return (Tiles(64, 128, 8, 3, True),) * 6, 1
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 

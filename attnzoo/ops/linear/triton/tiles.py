@@ -1,4 +1,4 @@
-"""What the linear kernels share: where a program's tokens are, tiles with their feature maps, and decays in a chunk.
+"""Tiles of the linear kernels: where a program's tokens are, loads with their feature maps, weights by their age.
 
 A sequence (a row, or a packed document) is cut into parts of `part` tokens, one a program, and a part into chunks.
 """
@@ -7,6 +7,9 @@ A sequence (a row, or a packed document) is cut into parts of `part` tokens, one
 
 import triton
 import triton.language as tl
+
+# Rows of the narrow tile that holds the normaliser's sums: what a matrix product takes at least.
+NARROW = tl.constexpr(16)
 
 
 @triton.jit
@@ -75,12 +78,46 @@ def store_tile(base, stride, first, low, high, width, x, ROWS: tl.constexpr, BLO
 
 @triton.jit
 def apply_map(x, MAP: tl.constexpr):
-    """elu(x) + 1, relu(x), or x."""
+    """elu(x) + 1, relu(x), or x, in x's own dtype."""
     if MAP == "elu":
-        x = tl.where(x > 0, x + 1, tl.exp2(x * 1.4426950408889634))
+        if x.dtype == tl.bfloat16:
+            x = elu_of_pairs(x)
+        else:
+            x = tl.where(x > 0, x + 1, tl.exp2(x * 1.4426950408889634))
     if MAP == "relu":
-        x = tl.maximum(x, 0)
+        x = tl.maximum(x, 0.0)
     return x
+
+
+@triton.jit
+def elu_of_pairs(x):
+    """elu(x) + 1 of bf16: the lesser of e^x and max(x, 0) + 1, two numbers an instruction but for the exponentials.
+
+    Said to be impure, or else the compiler maps anew for every layout in which a product wants the features.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, linear, one, zero;
+        .reg .f32 a, b;
+        shl.b32 low, $1, 16;
+        and.b32 high, $1, 0xffff0000;
+        mul.f32 a, low, 0f3FB8AA3B;
+        mul.f32 b, high, 0f3FB8AA3B;
+        ex2.approx.ftz.f32 a, a;
+        ex2.approx.ftz.f32 b, b;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 zero, 0x80008000;
+        fma.rn.relu.bf16x2 linear, $1, one, zero;
+        fma.rn.bf16x2 linear, linear, one, one;
+        cvt.rn.bf16x2.f32 $0, b, a;
+        min.NaN.bf16x2 $0, $0, linear;
+        }""",
+        "=r,r",
+        [x],
+        dtype=tl.bfloat16,
+        is_pure=False,
+        pack=2,
+    )
 
 
 @triton.jit
@@ -95,18 +132,13 @@ def load_features(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     MAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
-    """As `load_tile`, mapped, in fp32.
-
-    The mask is needed for map(0) = 1, and it keeps the compiler from mapping anew in the layout of every product.
-    """
-    x = load_tile(base, stride, first, low, high, width, ROWS, BLOCK, EVEN).to(tl.float32)
+    """As `load_tile`, mapped, in COMPUTE; map(0) outside the rows, and 0 beyond `width`."""
+    x = load_tile(base, stride, first, low, high, width, ROWS, BLOCK, EVEN).to(COMPUTE)
     x = apply_map(x, MAP)
-    if MAP != "identity":
-        mask = row_mask(first, low, high, ROWS)[:, None]
-        if not EVEN:
-            mask = mask & (tl.arange(0, BLOCK) < width)[None, :]
-        x = tl.where(mask, x, 0.0)
+    if MAP == "elu" and not EVEN:
+        x = tl.where((tl.arange(0, BLOCK) < width)[None, :], x, 0.0).to(COMPUTE)
     return x
 
 
@@ -114,10 +146,25 @@ def load_features(
 def times_slope(d, features, MAP: tl.constexpr):
     """`d` times the map's derivative, which its own value tells."""
     if MAP == "elu":
-        d = d * tl.minimum(features, 1.0)
+        d = d * tl.minimum(features.to(tl.float32), 1.0)
     if MAP == "relu":
         d = tl.where(features > 0, d, 0.0)
     return d
+
+
+@triton.jit
+def sum_rows(x, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """[NARROW, BLOCK] in fp32: every NARROW-th row of x [CHUNK, BLOCK] summed, which no thread needs another for."""
+    return tl.sum(tl.reshape(x, [CHUNK // NARROW, NARROW, BLOCK]).to(tl.float32), 0)
+
+
+@triton.jit
+def narrow_rows(x, COMPUTE: tl.constexpr):
+    """[NARROW, N] in COMPUTE, whose rows sum to the vector x [N] nearly as accurately as fp32."""
+    row = tl.arange(0, NARROW)[:, None]
+    high = x.to(COMPUTE)
+    low = (x - high.to(tl.float32)).to(COMPUTE)
+    return tl.where(row == 0, high[None, :], tl.where(row == 1, low[None, :], 0.0)).to(COMPUTE)
 
 
 @triton.jit
@@ -140,8 +187,9 @@ def decay_since(log_decay, CHUNK: tl.constexpr):
 
 @triton.jit
 def decay_until(log_decay, real, CHUNK: tl.constexpr):
-    """[CHUNK]: a key's decay until the last real token of its chunk."""
-    return tl.exp(log_decay * tl.maximum(real - 1 - tl.arange(0, CHUNK), 0).to(tl.float32))
+    """[CHUNK]: a key's decay until the last real token of its chunk; 0 for those that are not real."""
+    left = real - 1 - tl.arange(0, CHUNK)
+    return tl.where(left >= 0, tl.exp(log_decay * tl.maximum(left, 0).to(tl.float32)), 0.0)
 
 
 @triton.jit
@@ -153,62 +201,3 @@ def mask_weights(w, log_decay, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):
     if log_decay is not None:
         w = w * tl.exp(log_decay * tl.maximum(age, 0).to(tl.float32))
     return tl.where(age >= 0, w, 0.0)
-
-
-@triton.jit
-def state_pointers(base, index, v0, d0, D: tl.constexpr, DV: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr):
-    """[RV, RD] pointers, transposed, from value v0 and feature d0 on into one state of [..., D, DV], and a mask."""
-    values, features = v0 + tl.arange(0, RV), d0 + tl.arange(0, RD)
-    pointers = base + tl.cast(index, tl.int64) * (D * DV) + features[None, :] * DV + values[:, None]
-    return pointers, (values < DV)[:, None] & (features < D)[None, :]
-
-
-@triton.jit
-def load_state(
-    s,
-    z,
-    index,
-    v0,
-    d0,
-    NORMALIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    RV: tl.constexpr,
-    RD: tl.constexpr,
-):
-    """A transposed tile [RV, RD] of one state and, with the normaliser, its z [RD]."""
-    pointers, mask = state_pointers(s, index, v0, d0, D, DV, RV, RD)
-    features = d0 + tl.arange(0, RD)
-    sums = tl.zeros([RD], tl.float32)
-    if NORMALIZE:
-        sums = tl.load(z + tl.cast(index, tl.int64) * D + features, mask=features < D, other=0.0)
-    return tl.load(pointers, mask=mask, other=0.0), sums
-
-
-@triton.jit
-def store_state(
-    s,
-    z,
-    index,
-    v0,
-    d0,
-    state,
-    sums,
-    NORMALIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    RV: tl.constexpr,
-    RD: tl.constexpr,
-):
-    """Write a transposed tile of one state, and z where the tile has the first values."""
-    pointers, mask = state_pointers(s, index, v0, d0, D, DV, RV, RD)
-    tl.store(pointers, state, mask=mask)
-    if NORMALIZE:
-        features = d0 + tl.arange(0, RD)
-        tl.store(z + tl.cast(index, tl.int64) * D + features, sums, mask=(features < D) & (v0 == 0))
-
-
-@triton.jit
-def part_fade(rate, begin, end, place, part):
-    """The decay over the real tokens of a sequence's part."""
-    return tl.exp(rate * tl.minimum(tl.maximum(end - begin - place * part, 0), part).to(tl.float32))

@@ -1,0 +1,257 @@
+"""Linear attention backward, walking forward: queries' gradients, and what queries add to the state's gradient.
+
+With out_i = r_i / t_i the weight of key j has the gradient (do_i . v_j - do_i . out_i) / t_i, where the second product
+falls away without the normaliser t, whose place the scale takes. `dots` holds do_i . out_i. Programs hold a block of
+the features' columns, and as in the forward the state is a product's first operand.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from attnzoo.ops.linear.triton.states import state_before, store_state
+from attnzoo.ops.linear.triton.tiles import (
+    NARROW,
+    decay_since,
+    decay_until,
+    head_base,
+    inverse_or_zero,
+    load_features,
+    load_tile,
+    locate,
+    mask_weights,
+    narrow_rows,
+    real_tokens,
+    row_mask,
+    store_tile,
+    times_slope,
+)
+
+
+@triton.jit
+def load_inverse(total, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """1 / t, or the scale; 0 outside the rows [low, high)."""
+    real = row_mask(first, low, high, CHUNK)
+    if NORMALIZE:
+        return inverse_or_zero(tl.load(total + first + tl.arange(0, CHUNK), mask=real, other=0.0))
+    return tl.where(real, scale, 0.0)
+
+
+@triton.jit
+def load_dots(dots, first, low, high, CHUNK: tl.constexpr):
+    """do . out, [CHUNK], 0 outside the rows [low, high)."""
+    return tl.load(dots + first + tl.arange(0, CHUNK), mask=row_mask(first, low, high, CHUNK), other=0.0)
+
+
+@triton.jit
+def find_dots(
+    upstream,
+    out,
+    o_s,
+    dots,
+    first,
+    low,
+    high,
+    width,
+    write,
+    BV: tl.constexpr,
+    EVEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """do . out, [CHUNK], from the tile of do; written to `dots` if `write`."""
+    o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN)
+    found = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(dots + first + tl.arange(0, CHUNK), found, mask=row_mask(first, low, high, CHUNK) & write)
+    return found
+
+
+@triton.jit
+def sum_gradient_parts(
+    q,
+    d_out,
+    out,
+    total,
+    dots,
+    sums,
+    z_sums,
+    log_decay,
+    lengths,
+    cu_seqlens,
+    table,
+    q_b,
+    q_h,
+    q_s,
+    do_b,
+    do_h,
+    do_s,
+    o_b,
+    o_h,
+    o_s,
+    length,
+    parts,
+    part,
+    lag,
+    scale,
+    GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the queries of each part, those `lag` tokens on, add to the
+    state's gradient; with the normaliser also dots [B, Hq, length]."""
+    head, d0 = tl.program_id(1), tl.program_id(2) * BD
+    _n, row, begin, end, _stop, place, _count = locate(lengths, cu_seqlens, table, length, parts, part)
+    if place < 0:
+        return
+    rate = None
+    if log_decay is not None:
+        rate = tl.load(log_decay + head).to(tl.float32)
+    s = tl.zeros([BV, BD], tl.float32)
+    z = tl.zeros([NARROW, BD], tl.float32)
+    start = begin + place * part
+    chunks = tl.cdiv(tl.maximum(tl.minimum(start + part, end) - start, 0), CHUNK)
+    heads = tl.num_programs(1) * GROUP
+    for step in range(0, chunks * GROUP):
+        first = start + (chunks - 1 - step // GROUP) * CHUNK
+        q_head = head * GROUP + step % GROUP
+        at = (row.to(tl.int64) * heads + q_head) * length
+        late = first + lag
+        own = head_base(q, row, q_head, q_b, q_h) + d0
+        queries = load_features(own, q_s, late, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+        given = head_base(d_out, row, q_head, do_b, do_h)
+        upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+        factor = load_inverse(total + at, late, begin, end, scale, NORMALIZE, CHUNK)
+        if log_decay is not None:
+            factor = factor * decay_since(rate, CHUNK)
+            if step % GROUP == 0:
+                fade = tl.exp(rate * real_tokens(first, end, CHUNK).to(tl.float32))
+                s, z = s * fade, z * fade
+        queries = (queries * factor[:, None]).to(COMPUTE)
+        s = tl.dot(tl.trans(upstream), queries, s, input_precision=PRECISION)
+        if NORMALIZE:
+            o = head_base(out, row, q_head, o_b, o_h)
+            found = find_dots(upstream, o, o_s, dots + at, late, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK)
+            z = tl.dot(narrow_rows(found, COMPUTE), queries, z, input_precision=PRECISION)
+    index = tl.program_id(0) * tl.num_programs(1) + head
+    store_state(sums, z_sums, index, 0, d0, s, -tl.sum(z, 0), NORMALIZE, D, DV, BV, BD)
+
+
+@triton.jit
+def grad_queries(
+    q,
+    k,
+    v,
+    d_out,
+    out,
+    total,
+    dots,
+    d_q,
+    s0,
+    z0,
+    sums,
+    z_sums,
+    log_decay,
+    lengths,
+    cu_seqlens,
+    table,
+    q_b,
+    q_h,
+    q_s,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    do_b,
+    do_h,
+    do_s,
+    o_b,
+    o_h,
+    o_s,
+    dq_b,
+    dq_h,
+    dq_s,
+    length,
+    parts,
+    part,
+    scale,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_q, and if there is an `out` also dots [B, Hq, length]. Without causality all queries read the state s0."""
+    q_head, d0 = tl.program_id(1), tl.program_id(2) * BD
+    head = q_head // GROUP
+    kv_heads = tl.num_programs(1) // GROUP
+    n, row, begin, end, stop, place, _count = locate(lengths, cu_seqlens, table, length, parts, part)
+    if place < 0:
+        return
+    at = (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
+    q = head_base(q, row, q_head, q_b, q_h) + d0
+    k = head_base(k, row, head, k_b, k_h) + d0
+    v = head_base(v, row, head, v_b, v_h)
+    d_out = head_base(d_out, row, q_head, do_b, do_h)
+    if out is not None:
+        out = head_base(out, row, q_head, o_b, o_h)
+    d_q = head_base(d_q, row, q_head, dq_b, dq_h) + d0
+    total, dots = total + at, dots + at
+    rate = None
+    if log_decay is not None:
+        rate = tl.load(log_decay + head).to(tl.float32)
+    before, z_before = state_before(
+        s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, 0, d0, NORMALIZE, D, DV, BV, BD
+    )
+    s = tl.trans(before)
+    z = tl.where((tl.arange(0, NARROW) == 0)[None, :], z_before[:, None], 0.0)  # [BD, NARROW], columns that sum to z
+    ones = tl.trans(narrow_rows(tl.full([CHUNK], 1.0, tl.float32), COMPUTE))
+    start = begin + place * part
+    for first in range(start, tl.minimum(start + part, stop), CHUNK):
+        upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+        inverse = load_inverse(total, first, begin, end, scale, NORMALIZE, CHUNK)
+        d_features = tl.dot(s.to(COMPUTE), tl.trans(upstream), input_precision=PRECISION)  # [BD, CHUNK]
+        if NORMALIZE:
+            if out is not None:
+                found = find_dots(upstream, out, o_s, dots, first, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK)
+            else:
+                found = load_dots(dots, first, begin, end, CHUNK)
+            d_features -= tl.sum(z, 1)[:, None] * found[None, :]
+        if log_decay is not None:
+            d_features = d_features * decay_since(rate, CHUNK)[None, :]
+        if CAUSAL:
+            keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+            values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+            d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
+            if NORMALIZE:
+                d_weights -= found[:, None]
+            d_weights = mask_weights(d_weights, rate, False, CHUNK).to(COMPUTE)
+            columns = tl.trans(keys)
+            d_features = tl.dot(columns, tl.trans(d_weights), d_features, input_precision=PRECISION)
+            if log_decay is not None:
+                real = real_tokens(first, end, CHUNK)
+                fade = tl.exp(rate * real.to(tl.float32))
+                columns = (columns * decay_until(rate, real, CHUNK)[None, :]).to(COMPUTE)
+                s, z = s * fade, z * fade
+            s = tl.dot(columns, values, s, input_precision=PRECISION)
+            if NORMALIZE:
+                z = tl.dot(columns, ones, z, input_precision=PRECISION)
+        result = tl.trans(d_features * inverse[None, :])
+        if MAP != "identity":
+            queries = load_features(q, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+            result = times_slope(result, queries, MAP)
+        store_tile(d_q, dq_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0)
