@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from recipes import parallel
 from recipes.data import TextDataModule
+from recipes.compiling import compile_model
 from recipes.embeddings import untie
 from recipes.heads import check_head
 from recipes.models import load_model

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from recipes import parallel
 from recipes.checkpointing import SafetensorsIO
+from recipes.compiling import compile_model
 from recipes.meters import Meters, clock
 from recipes.sharded import Replicated, Sharded
 
@@ -119,10 +120,11 @@ def as_trained(config: Mapping[str, Any]) -> Iterator[str]:
         yield device
 
 
-def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool, compile: bool) -> None:
+def prepare_for_training(
+    model: PreTrainedModel, *, gradient_checkpointing: bool, compile: str | bool, accelerator: str
+) -> None:
     """Turns on gradient checkpointing and torch.compile, in place."""
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    if compile:
-        model.compile()
+    compile_model(model, compile, device="cuda" if parallel.uses_gpu(accelerator) else "cpu")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from recipes.checkpointing import Checkpoints, last_checkpoint
 from recipes.common import Common, of_model
 from recipes.convert import changes_attention, check_method, convert_to_train, local_folder, read_spec
 from recipes.data import TextDataModule
+from recipes.data_rows import RowLoader
 from recipes.evaluate_tasks import require_harness
 from recipes.export import export
 from recipes.judge import Judge
@@ -35,6 +37,7 @@ from recipes.lora import add_lora
 from recipes.meters import Meters
 from recipes.models import load_tokenizer
 from recipes.module import Uptraining
+from recipes.packed import Batch
 from recipes.parallel import is_main_process
 from recipes.report import write_report
 from recipes.run_folder import RunFolder, git_commit
@@ -51,6 +54,8 @@ from recipes.validation import Validation
 from recipes.windows import WindowedData
 
 log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 1 << 15  # that objectives measure what they need on
 
 # A run that is resumed goes on in its folder; any other gets one by its name and the time.
 OmegaConf.register_new_resolver("run_folder", parallel.folder_of_this_process, replace=True)
@@ -176,6 +181,11 @@ def summary(config: DictConfig, steps: int, curve: list[dict[str, float]]) -> di
     }
 
 
+def probe(data: TextDataModule, seq_len: int) -> Iterable[Batch]:
+    """The first held-out rows, one a batch: the same however large a batch is."""
+    return islice(RowLoader(data.val_batches().rows, 1), max(1, PROBE_TOKENS // seq_len))
+
+
 def train(
     config: DictConfig, run: RunFolder, data: TextDataModule, *, source: Path, start: Path, stages: list[Stage]
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
@@ -193,7 +203,10 @@ def train(
     if config.lora is not None:
         add_lora(model, config.lora, seed=config.seed)
     prepare_for_training(
-        model, gradient_checkpointing=config.trainer.gradient_checkpointing, compile=config.trainer.compile
+        model,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        compile=config.trainer.compile,
+        accelerator=config.trainer.accelerator,
     )
     module = Uptraining(
         model,
@@ -201,7 +214,7 @@ def train(
         objectives,
         gradient_clip_norm=config.trainer.gradient_clip_norm,
         seed=config.seed,
-        probe=lambda: islice(data.val_batches(), 1),
+        probe=lambda: probe(data, config.batch.seq_len),
     )
     validation = Validation(
         data.val_domains,

@@ -73,7 +73,8 @@ class Validation(Callback):
         module.eval()
         domains = self.domains()
         sums = torch.zeros(len(domains), 2, dtype=torch.float64, device=module.device)  # loss, tokens
-        with trainer.precision_plugin.val_step_context():
+        # Compiled layers would be compiled again for batches of other sizes without gradients.
+        with trainer.precision_plugin.val_step_context(), torch.compiler.set_stance("force_eager"):
             for row, batches in zip(sums, domains.values(), strict=True):
                 for batch in _share(islice(batches, self.limit), trainer.global_rank, trainer.world_size):
                     batch = trainer.strategy.batch_to_device(batch)
