@@ -92,7 +92,7 @@ class TextDataModule(LightningDataModule):
         assert self._train is not None
         return self._train(rank, world_size)
 
-    def val_batches(self) -> Iterable[dict[str, Tensor]]:
+    def val_batches(self) -> RowLoader:
         """All held-out batches, in order; iterable any number of times."""
         self.setup()
         return RowLoader(self._held_out, self.batch_size)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from recipes.attentions import attention_modules
 
-FIELDS = ("rank", "alpha", "dropout", "targets")
+FIELDS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}  # and what they are where a config leaves them out
 
 
 def add_lora(model: PreTrainedModel, config: Mapping[str, Any], *, seed: int) -> None:
@@ -31,6 +31,7 @@ def add_lora(model: PreTrainedModel, config: Mapping[str, Any], *, seed: int) ->
     unknown = sorted(set(config) - set(FIELDS))
     if unknown:
         raise ValueError(f"lora.{unknown[0]} is no field; allowed are {', '.join(FIELDS)}")
+    config = {**FIELDS, **config}
     names = list(config["targets"] or _attention_linears(model))
     made = LoraConfig(
         r=config["rank"], lora_alpha=config["alpha"], lora_dropout=config["dropout"], target_modules=names, bias="none"

@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attnzoo
 from recipes.data import TextDataModule
 from recipes.models import load_model, load_tokenizer
 from recipes.objectives import next_token
 from recipes.packed import count_targets, pack
-from recipes.run_folder import RunFolder
-from recipes.uptrain import read_stages, train
 from tests.support.recipes import Tiny
 
 
@@ -20,24 +19,18 @@ def tiny(tmp_path_factory):
         yield Tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def trained(tiny, folder, *overrides):
-    """The model after a few steps of `train`, with batches of the config's size."""
-    config = tiny.config(*overrides)
-    data = TextDataModule(
-        config.data, load_tokenizer(config.model), seq_len=config.batch.seq_len, batch_size=config.batch.size
-    )
-    return train(config, RunFolder(folder), data, source=tiny.model, start=tiny.model, stages=read_stages(config))
-
-
-def test_four_micro_batches_of_one_row_train_as_one_of_four(tiny, tmp_path):
+@pytest.mark.parametrize("objective", ["next_token", "kl", "layers", "mixture"])
+def test_four_micro_batches_of_one_row_train_as_one_of_four(tiny, tmp_path, objective):
     # A larger eps keeps Adam from blowing rounding up where a gradient is next to nothing.
     common = ["batch.seq_len=32", "max_steps=6", "optimizer.eps=1e-3", "trainer.gradient_clip_norm=0.5"]
-    whole, curve = trained(tiny, tmp_path / "4x1", *common, "batch.size=4", "batch.accumulate=1")
-    split, curve_of_split = trained(tiny, tmp_path / "1x4", *common, "batch.size=1", "batch.accumulate=4")
-    before = load_model(tiny.config().model).state_dict()
+    common += [f"objective={objective}"]
+    start = attnzoo.convert(tiny.model, attnzoo.GQA(num_kv_heads=1), out=tmp_path / "start")
+    whole, curve = tiny.train(tmp_path / "4x1", *common, "batch.size=4", "batch.accumulate=1", start=start)
+    split, curve_of_split = tiny.train(tmp_path / "1x4", *common, "batch.size=1", "batch.accumulate=4", start=start)
+    before = load_model({**tiny.config().model, "path": str(start)}).state_dict()
     for (name, weight), other in zip(whole.state_dict().items(), split.state_dict().values(), strict=True):
         torch.testing.assert_close(weight, other, atol=2e-6, rtol=1e-5, msg=name)
-        assert not torch.equal(weight, before[name])
+        assert torch.equal(weight, before[name]) == (objective == "layers" and ".self_attn." not in name)
     assert [point["tokens"] for point in curve] == [point["tokens"] for point in curve_of_split]
     targets = {int(count_targets(batch)) for batch in rows(tiny)}
     assert len(targets) > 1, "micro-batches of equal size would not tell a mean of means from the mean"
@@ -65,7 +58,7 @@ def test_the_loss_of_a_document_does_not_depend_on_the_one_before_it(tiny, atten
 
 @pytest.mark.parametrize(("train", "part"), [("attention", ".self_attn."), ("layers", "model.layers."), ("all", "")])
 def test_training_a_part_leaves_all_else_as_it_was(tiny, tmp_path, train, part):
-    model, _ = trained(tiny, tmp_path, f"train={train}", "max_steps=2")
+    model, _ = tiny.train(tmp_path, f"train={train}", "max_steps=2")
     before = load_model(tiny.config().model).state_dict()
     for name, weight in model.state_dict().items():
         trains = part in name or (train == "layers" and name == "model.norm.weight")
@@ -84,8 +77,8 @@ def test_a_switch_changes_the_result_by_no_more_than_rounding(tiny, tmp_path, mo
 
     monkeypatch.setattr(torch.nn.Module, "_compile_before", torch.nn.Module.compile, raising=False)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
-    _, curve = trained(tiny, tmp_path / "plain", "max_steps=2")
-    model, switched = trained(tiny, tmp_path / "switched", "max_steps=2", switch)
+    _, curve = tiny.train(tmp_path / "plain", "max_steps=2")
+    model, switched = tiny.train(tmp_path / "switched", "max_steps=2", switch)
     tolerance = 0.05 if "bf16" in switch else 1e-4
     for point, other in zip(curve, switched, strict=True):
         assert point["cross_entropy"] == pytest.approx(other["cross_entropy"], abs=tolerance)
@@ -95,6 +88,6 @@ def test_a_switch_changes_the_result_by_no_more_than_rounding(tiny, tmp_path, mo
 
 
 def test_the_progress_bar_shows_loss_speed_rate_and_the_last_validation(tiny, tmp_path, capsys):
-    trained(tiny, tmp_path, "trainer.progress_bar=true", "max_steps=2")
+    tiny.train(tmp_path, "trainer.progress_bar=true", "max_steps=2")
     shown = "".join(capsys.readouterr()).rpartition("uptraining")[2]
     assert all(name in shown for name in ("2/2", "loss=", "tokens/s=", "lr=", "val=")), shown

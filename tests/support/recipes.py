@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
+from recipes.data import TextDataModule
+from recipes.models import load_tokenizer
+from recipes.run_folder import RunFolder
+from recipes.uptrain import read_stages, train
 from tests.support.tiny_llama import save_text, save_tiny_llama
 
 
@@ -33,6 +38,15 @@ class Tiny:
     def config(self, *overrides: str) -> DictConfig:
         with initialize_config_module("conf", version_base="1.3"):
             return compose("uptrain", [*self.overrides, *overrides])
+
+    def train(self, folder: Path, *overrides: str, start: Path | None = None) -> tuple[PreTrainedModel, list[dict]]:
+        """The model after the steps of a config, and its curve; of `start`, without any conversion."""
+        config = self.config(*overrides)
+        data = TextDataModule(
+            config.data, load_tokenizer(config.model), seq_len=config.batch.seq_len, batch_size=config.batch.size
+        )
+        stages = read_stages(config)
+        return train(config, RunFolder(folder), data, source=self.model, start=start or self.model, stages=stages)
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, main, *overrides: str) -> None:
