@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from recipes import parallel
-from recipes.data import TextDataModule
 from recipes.compiling import compile_model
+from recipes.data import TextDataModule
 from recipes.embeddings import untie
 from recipes.heads import check_head
 from recipes.models import load_model
@@ -78,7 +78,10 @@ def build_teacher(config: DictConfig, source: Path) -> Teacher:
         "dtype": teacher_dtype(config),
         "attn_implementation": given.attn_implementation or config.model.attn_implementation,
     }
-    return Teacher(load_model({**config.model, **chosen}))
+    teacher = Teacher(load_model({**config.model, **chosen}))
+    on_gpu = parallel.uses_gpu(config.trainer.accelerator)
+    compile_model(teacher.model, config.trainer.compile, device="cuda" if on_gpu else "cpu")
+    return teacher
 
 
 def _check_vocabulary(student: PreTrainedModel, teacher: Teacher) -> None:
