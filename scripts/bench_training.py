@@ -220,7 +220,7 @@ def with_trainer(model: PreTrainedModel, case: Mapping[str, Any], compile: str) 
         loggers=[Keep()],
     )
     batches = [pack(list(ids.numpy())) for ids in tokens_of(case)]
-    trainer.fit(module, train_dataloaders=Windows(_Loader(batches), steps=STEPS))
+    trainer.fit(module, train_dataloaders=Windows(_Loader(batches), steps=STEPS, pin=DEVICE == "cuda"))
     return measured
 
 
