@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, a resume goes on
 INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler that wants its machine back
 
 
 class SafetensorsIO(CheckpointIO):
@@ -65,7 +66,7 @@ class Checkpoints(Callback):
         self.every_n_minutes = every_n_minutes
         self.stopped_by: int | None = None  # number of the signal
         self._saved_at = time.monotonic()
-        self._handlers: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}  # handlers
 
     @property
     def exit_code(self) -> int:
@@ -77,13 +78,18 @@ class Checkpoints(Callback):
             return 0
         return INTERRUPTED if self.stopped_by == signal.SIGINT else TRY_AGAIN
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        # Before Lightning has handlers of its own, which `teardown` would bring back when they are gone.
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._before = {number: handler for number, handler in handlers.items() if handler is not None}
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             for left_over in self.folder.glob(".step_*"):  # by a kill while saving or removing
                 shutil.rmtree(left_over)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._handlers[number] = signal.signal(number, self._stop)
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -94,8 +100,8 @@ class Checkpoints(Callback):
             self._save(trainer, step)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _is_due(self, step: int) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60

@@ -1,17 +1,13 @@
-"""The small parts of the uptraining recipe: its length, its learning rate, its windows, its checkpoint files."""
+"""The small parts of the uptraining recipe: its length, its learning rate, its windows."""
 
 import math
-import os
-import signal
 
 import pytest
-import torch
 from torch import nn
 
-from recipes.checkpointing import Checkpoints, SafetensorsIO, last_checkpoint
 from recipes.length import training_steps
 from recipes.optim import adamw, configure, learning_rate_factor
-from recipes.trainer import choose_precision, world_size
+from recipes.trainer import choose_precision
 from recipes.windows import Windows
 
 LENGTH = {"alpha": None, "max_steps": None, "max_tokens": None, "tokens_per_step": 100}
@@ -111,51 +107,7 @@ def test_windows_end_with_the_epoch_and_go_on_after_a_resume():
         assert before + list(second) == whole
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
-    shared = torch.randn(3, 2)
-    saved = {
-        "state_dict": {"a": shared, "tied": shared, "b": torch.randn(2, 3).T, "bf16": torch.randn(4).bfloat16()},
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.95)}]}],
-        "loops": {"none": None, "rate": 0.1 + 0.2, "best": math.inf, "empty": torch.empty(0), "done": True},
-    }
-    SafetensorsIO().save_checkpoint(saved, tmp_path / "step_00000003")
-    assert sorted(file.name for file in (tmp_path / "step_00000003").iterdir()) == ["state.json", "tensors.safetensors"]
-    again = SafetensorsIO().load_checkpoint(tmp_path / "step_00000003")
-    for name, weight in saved["state_dict"].items():
-        assert torch.equal(again["state_dict"][name], weight) and again["state_dict"][name].dtype == weight.dtype
-    assert again["optimizer_states"][0]["state"][0]["step"] == 3
-    assert again["optimizer_states"][0]["param_groups"] == saved["optimizer_states"][0]["param_groups"]
-    assert again["loops"].pop("empty").shape == (0,)
-    saved["loops"].pop("empty")
-    assert again["loops"] == saved["loops"]
-
-
-def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    SafetensorsIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "step_00000001")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(TypeError, match="cannot hold the object at /b"):
-        SafetensorsIO().save_checkpoint({"b": object()}, tmp_path / "step_00000002")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        SafetensorsIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "step_00000002")
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert last_checkpoint(tmp_path) == tmp_path / "step_00000001"
-
-
-def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints._stop(signal.SIGTERM, None)
-    checkpoints._stop(signal.SIGINT, None)
-    assert checkpoints.stopped_by == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints._stop(signal.SIGINT, None)
-
-
 def test_precision_is_bf16_only_where_the_hardware_multiplies_it():
     assert choose_precision("32-true", "cpu") == "32-true"
     assert choose_precision("auto", "cpu") in ("bf16-mixed", "32-true")
     assert choose_precision("auto", "mps") == "32-true"
-    assert [world_size(2), world_size([0, 3])] == [2, 2]
