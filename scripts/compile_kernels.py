@@ -68,7 +68,7 @@ def rows_of(listed: list, targets: list[int], every: bool) -> list[tuple[str, in
     rows = []
     for target in targets:
         done = set()
-        for build in (build for build in listed if target >= build.least):
+        for build in (build for build in listed if build.least <= target <= build.most):
             name = build.kernel.__name__
             if every or target == MAIN or name not in done:
                 rows.append((build.name, target))
@@ -83,7 +83,7 @@ def compile_one(op: str, name: str, target: int) -> dict:
     start = time.perf_counter()
     try:
         compiled = triton.compile(
-            ASTSource(build.kernel, dict(build.signature), dict(build.constants), aligned(build)),
+            source_of(build.kernel)(build.kernel, dict(build.signature), dict(build.constants), aligned(build)),
             target=GPUTarget("cuda", target, 32),
             options={"num_warps": build.num_warps, "num_stages": build.num_stages},
         )
@@ -91,6 +91,15 @@ def compile_one(op: str, name: str, target: int) -> dict:
         return row | {"error": f"{type(error).__name__}: {str(error)[-2000:]}"}
     row["seconds"] = round(time.perf_counter() - start, 2)
     return row | {"shared_bytes": compiled.metadata.shared} | resources(compiled.asm["cubin"])
+
+
+def source_of(kernel) -> type[ASTSource]:
+    """What Triton compiles: kernels in Gluon say their layouts themselves."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def aligned(build) -> dict:

@@ -29,7 +29,7 @@ class Launcher:
     def __call__(
         self, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any], **options: int
     ) -> None:
-        """Launch on the current stream of the device of the first argument, a tensor.
+        """Launch on the current stream of the device of the first argument, a tensor or a descriptor of one.
 
         Args:
             grid: programs, one to three numbers.
@@ -37,7 +37,8 @@ class Launcher:
             constants: by name, at least the constexpr arguments that follow.
             options: num_warps and num_stages.
         """
-        device = arguments[0].device
+        first = arguments[0]
+        device = (first if isinstance(first, Tensor) else first.base).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(grid, arguments, constants, **options)

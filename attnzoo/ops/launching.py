@@ -25,6 +25,7 @@ class Build(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     least: int = 80  # compute capability, times ten, from which on it exists
+    most: int = 1000  # and up to which
 
 
 Builds = Iterator[Build]

@@ -25,18 +25,18 @@ def compiled(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
-def listed(op: str) -> list[tuple[str, str, int]]:
-    """The op's builds: name, kernel, and the compute capability from which on each exists."""
+def listed(op: str) -> list[tuple[str, str, int, int]]:
+    """The op's builds: name, kernel, and the compute capabilities from which on and up to which each exists."""
     code = f"""
 import json
 from {"recipes.losses_builds" if op == "losses" else f"attnzoo.ops.{op}.triton.builds"} import builds
-print(json.dumps([(b.name, b.kernel.__name__, b.least) for b in builds()]))
+print(json.dumps([(b.name, b.kernel.__name__, b.least, b.most) for b in builds()]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     builds = [tuple(row) for row in json.loads(done.stdout)]
-    assert len({name for name, _, _ in builds}) == len(builds), "two builds of one name"
+    assert len({name for name, *_ in builds}) == len(builds), "two builds of one name"
     return builds
 
 
@@ -51,10 +51,11 @@ def test_every_kernel_compiles_for_every_gpu_and_reports_what_it_takes(op: str, 
     report = json.loads((tmp_path / "report.json").read_text())
     assert re.fullmatch(r"\d+\.\d+.*", report["triton"])
     found = {(row["kernel"], row["target"]) for row in report["kernels"]}
-    assert {name for name, target in found if target == "sm_90"} == {name for name, _, _ in builds}
-    kernel_of = {name: kernel for name, kernel, _ in builds}
+    assert {name for name, target in found if target == "sm_90"} == {name for name, *_ in builds}
+    kernel_of = {name: kernel for name, kernel, *_ in builds}
     for target in ("sm_80", "sm_100"):
-        assert {kernel_of[name] for name, on in found if on == target} == set(kernel_of.values())
+        there = {kernel for _, kernel, least, most in builds if least <= int(target[3:]) <= most}
+        assert {kernel_of[name] for name, on in found if on == target} == there
     for row in report["kernels"]:
         assert 0 < row["registers"] <= 255 and row["stack_bytes"] >= 0 and row["shared_bytes"] >= 0, row
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from attnzoo.ops.launching import Build, Builds
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
+from attnzoo.ops.softmax.triton.documents import clear_tail_kernel, document_tiles_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
 from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
 from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
 
@@ -55,6 +57,27 @@ def builds() -> Builds:
         options = ("slopes", "bias", "dense", "key_lengths", "seed", *(("sinks",) if name == "forward" else ()))
         yield _build(f"{name} all options", kernel, (64, 32, 4, 1), options, D=192, DV=128)
     yield _build("forward wide", forward_kernel, (64, 32, 8, 1), RIGHT=True, D=576, DV=512)
+    for name, wide, options, given in (
+        ("causal", 128, (), {}),
+        ("window, sinks", 128, ("sinks",), {"LEFT": True}),
+        ("packed softcap", 128, ("documents", "softcap"), {"BOUNDED": True}),
+        ("narrow", 64, (), {"CONSUMERS": 3, "STAGES": 3}),
+    ):
+        yield _hopper(f"hopper_forward {name}", wide, options, **given)
+    table = {"entries": "*i32", "cu_q": "*i32", "cu_k": "*i32", "documents": "i32"}
+    constants = {"BLOCK": 128, "DOCUMENTS": 64}
+    signature = table | dict.fromkeys(constants, "constexpr")
+    yield Build("document_tiles", document_tiles_kernel, signature, constants, 1, 1)
+    tail = {
+        "x": "*bf16",
+        "boundaries": "*i32",
+        "documents": "i32",
+        "length": "i32",
+        "stride_h": "i32",
+        "stride_s": "i32",
+    }
+    constants = {"DIM": 96, "ROWS": 64, "COLUMNS": 128}
+    yield Build("clear_tail", clear_tail_kernel, tail | dict.fromkeys(constants, "constexpr"), constants)
     yield _build("bias_gradient", bias_gradient_kernel, (64, 64, 8, 1), ("bias",), RIGHT=True)
 
 
@@ -102,6 +125,24 @@ def _build(
             constants[argument] = None
     least = 90 if any(name in options for name in _COPIED) else 80
     return Build(name, kernel, signature, _known(kernel, constants), warps, stages, least)
+
+
+def _hopper(name: str, wide: int, options: tuple[str, ...], **given: Any) -> Build:
+    """The Hopper kernel with these of its options."""
+    kernel = hopper_forward_kernel
+    constants: dict[str, Any] = {
+        **{"DV": wide, "BLOCK": wide, "N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": True, "BOUNDED": False},
+        **{"LEFT": False, "RIGHT": True},
+    } | given
+    absent = {option: None for option in ("sinks", "documents", "softcap") if option not in options}
+    known = {"lse": "*fp32", "sinks": "*fp32", "out": "*bf16", "documents": "*i32", "scale": "fp32", "softcap": "fp32"}
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    for argument in ("q_tiles", "k_tiles", "v_tiles", "out_tiles"):
+        rows = constants["N"] if argument in ("k_tiles", "v_tiles") else 64
+        known[argument] = f"tensordesc<bf16[1, 1, {rows}, {wide}],{layout}>"
+    constants |= absent
+    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
+    return Build(name, kernel, signature, constants, least=90, most=90)
 
 
 def _known(kernel: Any, constants: Mapping[str, Any]) -> dict[str, Any]:

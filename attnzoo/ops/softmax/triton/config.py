@@ -28,6 +28,7 @@ class Size(NamedTuple):
     dtype: torch.dtype
     capability: tuple[int, int]
     reach: int  # keys that a query may see, at most
+    plain: bool = True  # no documents and no softcap
 
     @property
     def wide(self) -> int:
@@ -60,7 +61,7 @@ def query_gradient_tiles(size: Size) -> Tiles:
     if size.wide > 128:
         return Tiles(128, 64 if size.wide <= 192 else 32, 8, 2) if size.hopper else Tiles(64, 32, 4, 1)
     if size.wide > 64:
-        return Tiles(128, 64, 8, 3) if size.hopper and size.reach > 2048 else Tiles(64, 64, 4, 2)
+        return Tiles(128, 64, 8, 3) if size.hopper and size.plain and size.reach > 2048 else Tiles(64, 64, 4, 2)
     return Tiles(128, 64, 4, 3) if size.hopper else Tiles(128, 64, 4, 2)
 
 

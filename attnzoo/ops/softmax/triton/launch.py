@@ -12,9 +12,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted
-from attnzoo.ops.softmax.triton import config
+from attnzoo.ops.softmax.triton import config, hopper_launch
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.config import Tiles
+from attnzoo.ops.softmax.triton.documents import clear_tail_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
 from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
 from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
@@ -36,12 +37,15 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     out = empty_as(x.q, x.v.shape[-1])
     lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
     if x.cu_q is not None:  # rows past the last document belong to no program
-        out.zero_()
+        _clear_tail(out, x.cu_q)
         lse.fill_(-math.inf)
     if out.numel() == 0:
         return out, lse
     x = _with_plain_rows(x)
     pattern = pattern_of(x)
+    if tiles is None and hopper_launch.takes(x, pattern):
+        hopper_launch.forward(x, pattern, out, lse)
+        return out, lse
     tiles = tiles or config.forward_tiles(size_of(x, pattern, _capability(x)))
     each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
     plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
@@ -76,8 +80,9 @@ def backward(
     rows = -(-rows // 128) * 128  # padded, so that the copy engine takes them
     lse2, delta = (lse.new_empty(*lse.shape[:2], rows) for _ in range(2))  # rows of d_out times out, less d_lse
     if x.cu_q is not None:
-        for t in (d_q, d_k, d_v, delta):
-            t.zero_()
+        for t, boundaries in ((d_q, x.cu_q), (d_k, x.cu_k), (d_v, x.cu_k)):
+            _clear_tail(t, boundaries)
+        delta.zero_()
         lse2.fill_(math.inf)
     if d_q.numel() == 0 or d_k.numel() == 0:
         return d_q.zero_(), d_k.zero_(), d_v.zero_(), torch.full_like(lse, math.inf), torch.zeros_like(lse)
@@ -173,6 +178,17 @@ def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
     if t.stride(1) < t.stride(2):
         return t.new_empty(batch, length, heads, dim).transpose(1, 2)
     return t.new_empty(batch, heads, length, dim)
+
+
+def _clear_tail(t: Tensor, boundaries: Tensor | None) -> None:
+    """Zeros past the last document, in place of which zeros everywhere would take a few percent of the whole."""
+    assert boundaries is not None
+    _, heads, length, dim = t.shape
+    if t.numel() > 0:
+        grid = (-(-length // 64), heads)
+        arguments = (t, boundaries, boundaries.shape[0] - 1, length, t.stride(1), t.stride(2))
+        known = {"DIM": dim, "ROWS": 64, "COLUMNS": 1 << (dim - 1).bit_length()}
+        _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
 
 
 def _plain_rows(t: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def query_gradient_kernel(
         q_start, q_rows, k_start, _, k_seen, shift = sequence(
             number, batch, q_len, k_len, key_lengths, cu_q, cu_k, PACKED, STEP
         )
+        if PACKED:  # a document's last queries first, as those of a mask without documents
+            tile = tl.cdiv(q_rows, BLOCK_M) - 1 - tile
         first = tile * BLOCK_M
         if first < q_rows:
             head_k = head // GROUP

@@ -74,7 +74,8 @@ def size_of(x: Arguments, pattern: Pattern, capability: tuple[int, int]) -> Size
     reach = -(-x.k.shape[2] // pattern.step)
     if pattern.left and pattern.right:
         reach = min(reach, pattern.window + pattern.ahead)
-    return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach)
+    plain = x.softcap is None and x.cu_q is None
+    return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach, plain)
 
 
 def ends_of(x: Arguments, pattern: Pattern) -> int:

@@ -1,0 +1,58 @@
+"""What packed documents need besides attention, since their boundaries are only known on the device: which tile of
+queries belongs to which document, and zeros in the rows after the last one."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from attnzoo.ops.softmax.triton.tiles import document_of
+
+
+@triton.jit(do_not_specialize=("documents",))
+def document_tiles_kernel(
+    entries,  # [tiles, 8], int32
+    cu_q,  # [documents + 1]
+    cu_k,
+    documents,
+    BLOCK: tl.constexpr,  # queries in a tile
+    DOCUMENTS: tl.constexpr,  # a power of two, at least the number of documents
+):
+    """For each tile: its first row inside its document, where the document's queries start and how many there are, and
+    the same of its keys. Tiles past the last document have no rows."""
+    tile = tl.program_id(0)
+    number, before = document_of(tile, cu_q, documents, BLOCK, DOCUMENTS)
+    there = number < documents
+    q_start = tl.load(cu_q + number, mask=there, other=0).to(tl.int32)
+    q_end = tl.load(cu_q + number + 1, mask=there, other=0).to(tl.int32)
+    k_start = tl.load(cu_k + number, mask=there, other=0).to(tl.int32)
+    k_end = tl.load(cu_k + number + 1, mask=there, other=0).to(tl.int32)
+    entry = entries + tile * 8
+    tl.store(entry, tl.where(there, (tile - before) * BLOCK, 0))
+    tl.store(entry + 1, q_start)
+    tl.store(entry + 2, q_end - q_start)
+    tl.store(entry + 3, k_start)
+    tl.store(entry + 4, k_end - k_start)
+
+
+@triton.jit(do_not_specialize=("documents", "length"))
+def clear_tail_kernel(
+    x,  # [1, heads, length, DIM]
+    boundaries,  # [documents + 1]
+    documents,
+    length,
+    stride_h,
+    stride_s,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # a power of two
+):
+    """Zeros in ROWS rows of one head, as far as they lie past the last boundary: most programs have nothing to do."""
+    end = tl.load(boundaries + documents).to(tl.int32)
+    first = tl.program_id(0) * ROWS
+    if first + ROWS > end:
+        rows = first + tl.arange(0, ROWS)[:, None]
+        d = tl.arange(0, COLUMNS)[None, :]
+        at = x + tl.program_id(1).to(tl.int64) * stride_h + rows.to(tl.int64) * stride_s + d
+        nothing = tl.zeros([ROWS, COLUMNS], x.dtype.element_ty)
+        tl.store(at, nothing, mask=(rows >= end) & (rows < length) & (d < DIM))
