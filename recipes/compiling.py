@@ -37,5 +37,7 @@ def compile_model(model: nn.Module, choice: str | bool, *, device: str, **option
     if choice == "model":
         model.compile(**options)
         return
+    # DDP exchanges a layer's gradients while those before it are computed; cutting layers up for it only costs fusion.
+    torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(model):
         layer.compile(**options)
