@@ -20,6 +20,7 @@ import attnzoo.hf
 from attnzoo.conversion.damage import Damage
 from attnzoo.conversion.hybrid import KVBudget, Layers
 from attnzoo.specs import GQA, MLA, Linear, Spec, spec_from_dict
+from recipes.balance import balance
 from recipes.models import model_path
 from recipes.samples import resolve_sample
 
@@ -125,7 +126,7 @@ def convert_to_train(source: Path, spec: Spec, out: Path, convert: Mapping[str, 
     """Converts the checkpoint in `source` into a folder whose weights an optimizer can work with.
 
     That is `convert_folder`'s, but for latent attention: deepseek_v3's latents are scaled far below what AdamW and
-    bfloat16 work with, so the folder holds attnzoo's own layers, without a norm; `recipes.export` writes the stock form.
+    bfloat16 work with, so the folder holds attnzoo's own layers, without a norm. `recipes.export` writes the stock one.
     """
     if not isinstance(spec, MLA):
         return convert_folder(source, spec, out, convert)
@@ -141,6 +142,7 @@ def convert_to_train(source: Path, spec: Spec, out: Path, convert: Mapping[str, 
         rows = token_rows(texts, source, convert["samples"], convert["sample_length"], name="convert.calibration")
     options = {"method": convert["method"], "steps": convert["steps"]}
     model = attnzoo.convert(model, spec, calibration=rows, **options)
+    balance(model)
     attnzoo.hf.export(model, out)
     for file in source.iterdir():
         if file.is_file() and file.name.startswith(TOKENIZER) and not (out / file.name).exists():

@@ -113,3 +113,22 @@ def test_a_folder_that_is_for_use_and_a_method_for_heads_are_refused(tiny, tmp_p
         with pytest.raises(ValueError, match=r"convert\.method is 'mean'.*take convert=auto"):
             uptrain(tiny.config("convert=mean", f"attention={attention}"), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_factors_of_latent_attention_are_balanced_without_a_change_of_the_logits(tiny):
+    import attnzoo
+    from recipes.balance import balance
+
+    model = attnzoo.convert(load_model(tiny.config().model), attnzoo.MLA(kv_lora_rank=8, qk_rope_head_dim=4)).double()
+    tokens = torch.randint(0, 62, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens).logits
+        balance(model)
+        torch.testing.assert_close(model(tokens).logits, before, atol=1e-6, rtol=1e-6)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        down, up = attention.kv_a_proj_with_mqa.weight, attention.kv_b_proj.weight
+        torch.testing.assert_close(down[:8].square().mean(1), up.square().mean(0), atol=0, rtol=1e-5)
+        keys = down[8:].unflatten(0, (2, 2)).square().mean((0, 2))
+        queries = attention.q_proj.weight.unflatten(0, (4, -1))[:, -4:].unflatten(1, (2, 2)).square().mean((0, 1, 3))
+        torch.testing.assert_close(keys, queries, atol=0, rtol=1e-5)
