@@ -62,9 +62,9 @@ def constants_of(vocabulary: int) -> dict[str, Any]:
 @triton.jit
 def curve(raw, scale, softcap, CAPPED: tl.constexpr):
     y = raw * scale
-    if CAPPED:
-        y = softcap * (2 / (1 + tl.exp(-2 * y / softcap)) - 1)
-    return tl.where(raw == float("-inf"), float("-inf"), y)  # columns past the end, and what the top k took
+    if CAPPED:  # -inf stays: columns past the end, and what the top k took
+        y = tl.where(y == float("-inf"), y, softcap * (2 / (1 + tl.exp(-2 * y / softcap)) - 1))
+    return y
 
 
 @triton.jit
@@ -193,27 +193,29 @@ def rows_kernel(
     if GRADIENT:
         tl.debug_barrier()  # nobody writes before all have read
         kl_weight *= cooling
+        factor_1 = tl.where(has_target, ce_weight * share_1, 0.0)
+        factor_t = tl.where(has_kl, kl_weight * share_t, 0.0)
+        at_target = tl.where(has_target, ce_weight * slope(y_target, scale, softcap, CAPPED), 0.0)
+        factor_p = 0.0
+        if teacher is not None:
+            factor_p = tl.where(has_kl, kl_weight / sum_p, 0.0)
         for start in range(0, vocabulary, BLOCK):
             columns = start + lanes
             here = (columns < vocabulary) & (has_target | has_kl)
             raw_y = tl.load(p_row + columns, mask=here, other=float("-inf")).to(tl.float32)
             y = curve(raw_y, scale, softcap, CAPPED)
             e = tl.exp(y - most)
-            d = tl.zeros((BLOCK,), tl.float32)
-            if targets is not None:
-                d_ce = e * share_1 - tl.where(columns == target, 1.0, 0.0)
-                d += tl.where(has_target, ce_weight * d_ce, 0.0)
-            if KL:
-                if TEMPERED:
-                    e = tl.exp((y - most) * cooling)
-                d_kl = e * share_t
-                if teacher is not None:
-                    p_teacher = teacher + row * stride_teacher + columns
-                    raw = tl.load(p_teacher, mask=here, other=float("-inf")).to(tl.float32)
-                    z = curve(raw, teacher_scale, teacher_softcap, TEACHER_CAPPED) * cooling
-                    d_kl -= tl.exp(z - most_p) / sum_p
-                d += tl.where(has_kl, kl_weight * d_kl, 0.0)
+            d = e * (factor_1 if TEMPERED or not KL else factor_1 + factor_t)
+            if TEMPERED and KL:
+                d += tl.exp((y - most) * cooling) * factor_t
+            if teacher is not None:
+                p_teacher = teacher + row * stride_teacher + columns
+                raw_z = tl.load(p_teacher, mask=here, other=float("-inf")).to(tl.float32)
+                z = curve(raw_z, teacher_scale, teacher_softcap, TEACHER_CAPPED) * cooling
+                d -= tl.exp(z - most_p) * factor_p
             d *= slope(y, scale, softcap, CAPPED)
+            if targets is not None:
+                d -= tl.where(columns == target, at_target, 0.0)
             tl.store(p_row + columns, d.to(logits.dtype.element_ty), mask=columns < vocabulary)
         if TOP > 0:
             d_top = kl_weight * (e_t / all_t - p)
