@@ -100,10 +100,11 @@ def evaluate(
     try:
         with torch.no_grad():
             scores = {domain: score(model, batches, device) for domain, batches in domains.items()}
-            prompt_tokens = min(prompt_tokens, getattr(model.config, "max_position_embeddings", prompt_tokens) // 2)
+            longest = getattr(model.config, "max_position_embeddings", 1 << 20) // 2
+            prompt_tokens = min(prompt_tokens, longest)
             cache_bytes = cache_bytes_per_token(model, prompt_tokens)
             prefill, written = measure_speed(model, prompt_tokens) if speed else (None, None)
-            together = decode_speed(model, **decode) if decode else None
+            together = decode_speed(model, **{**decode, "length": min(decode["length"], longest)}) if decode else None
             samples = write_on(model, tokenizer, prompts, sample_tokens) if prompts and tokenizer else {}
     finally:
         model.train(was_training)

@@ -10,10 +10,12 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from recipes.run_folder import write_whole
@@ -30,7 +32,7 @@ def main() -> None:
         if options.list:
             return
         here.mkdir(parents=True, exist_ok=True)
-        run_all(arms, folder, here, visible_gpus())
+        run_all(chosen(arms, options.only), folder, here, visible_gpus())
         from recipes.study_results import collect
 
         study = read_study(options.experiment, options.overrides)
@@ -43,8 +45,16 @@ def main() -> None:
     for path in draw(here / "results.json"):
         print(f"written: {path}")
     missing = [arm["name"] for arm in json.loads((here / "results.json").read_text(encoding="utf-8"))["missing"]]
+    missing = [name for name in missing if _matches(name, options.only)]
     if missing:
         raise ValueError(f"{len(missing)} runs did not end, see the logs in {here}: {', '.join(missing)}")
+
+
+def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
+    """The arms whose names match one of the patterns, and those that they need; all without a pattern."""
+    keys = {arm.key for arm in arms if _matches(arm.name, only)}
+    keys |= {key for arm in arms if arm.key in keys for key in arm.needs}
+    return [arm for arm in arms if arm.key in keys]
 
 
 def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) -> None:
@@ -69,6 +79,12 @@ def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) 
 
     from recipes.study_worker import FAILURE
 
+    def stop(number: int, frame: object) -> None:
+        for worker in workers.values():
+            worker.send_signal(number)  # each saves a checkpoint
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         for gpu in gpus or [""]:
             start(gpu)
@@ -84,11 +100,16 @@ def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) 
                 elif status:
                     print(f"the worker of {gpu or 'the CPU'} ended with status {status}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        for worker in workers.values():  # each saves a checkpoint
+        for worker in workers.values():
             worker.wait()
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         plan.unlink(missing_ok=True)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def visible_gpus() -> list[str]:
@@ -114,6 +135,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/study"), help="for all studies; runs/study by default"
     )
+    parser.add_argument("--only", nargs="+", default=[], help="patterns of names of arms, as 'svd*'; the others wait")
     parser.add_argument("--list", action="store_true", help="show the arms and run nothing")
     parser.add_argument("--draw", action="store_true", help="draw the figures from results.json alone")
     return parser.parse_args(given)
