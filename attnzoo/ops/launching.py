@@ -66,14 +66,19 @@ def is_plain(x: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device, the current one for None."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.minor
+    return _capability(index)
 
 
 @lru_cache(maxsize=64)
 def num_multiprocessors(index: int | None) -> int:
     """Streaming multiprocessors of a CUDA device; a few under the interpreter, which runs one after another."""
     return 4 if interpreted() else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def _capability(index: int | None) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
