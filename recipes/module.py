@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.objectives import Loss, Objective
+from recipes.objectives import Layers, Loss, Objective
 from recipes.optim import adamw, configure
 from recipes.packed import Batch, count_targets
 from recipes.readings import Reading, Readings
@@ -166,7 +166,10 @@ class Uptraining(LightningModule):
                 assert objective.layers is not None
                 trained = set(within_layers(self.model, objective.layers.numbers, self._trained[number]))
             self._still = [weight for name, weight in self.model.named_parameters() if name not in trained]
-            if not isinstance(self.trainer.strategy, Sharded):  # there all that trains in some stage has gradients
+            strategy = self.trainer.strategy
+            if isinstance(strategy, Sharded):  # where all that trains in some stage has gradients
+                strategy.keep_layers_gathered(any(isinstance(term, Layers) for term in stage.terms))
+            else:
                 _train_only(self.model, trained)
             self.objectives[:number] = [None] * number  # and with them a teacher that nobody needs any more
             self._stage = number

@@ -93,6 +93,16 @@ class Sharded(ModelParallelStrategy):
                     module.reshard()
         return result
 
+    def keep_layers_gathered(self, keep: bool) -> None:
+        """Whether layers keep their weights from forward to backward, whatever `reshard_after_forward` says.
+
+        They have to where a loss reads what happens inside of them: they gather when a gradient reaches their output.
+        """
+        assert self.whole is not None
+        for layer in decoder_layers(self.whole.model):
+            assert isinstance(layer, FSDPModule)
+            layer.set_reshard_after_forward(self.reshard_after_forward and not keep)
+
     def gather_model(self) -> nn.Module | None:
         """The model as it was before it was cut up, with today's weights, on the CPU of the main process."""
         assert self.whole is not None and self._skeleton is not None
