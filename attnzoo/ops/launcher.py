@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,22 +37,115 @@ class Launcher:
             constants: by name, at least the constexpr arguments that follow.
             options: num_warps and num_stages.
         """
+        self._launch(grid, arguments, constants, options)
+
+    def recorded(
+        self,
+        recording: Recording,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        **options: int,
+    ) -> None:
+        """The same, taken down to be made again."""
+        run, values = self._launch(grid, arguments, constants, options)
+        recording.add(run, [*arguments, *values])
+
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        options: Mapping[str, int],
+    ) -> tuple[Callable[..., object] | None, list[Any]]:
+        """Launch; what launches this kernel on this grid, if it was compiled, and the constants that follow."""
         first = arguments[0]
         device = (first if isinstance(first, Tensor) else first.base).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(grid, arguments, constants, **options)
+                return self._launch(grid, arguments, constants, options)
         kinds = [_kind(argument, free) for argument, free in zip(arguments, self._free, strict=False)]
         names = self._names[len(arguments) :]
         values = [constants[name] for name in names]
         key = (*kinds, *values, *options.values(), device)
         compiled = self._compiled.get(key)
+        whole = (*grid, 1, 1)[:3]
         if compiled is None:
             compiled = self.kernel[grid](*arguments, **dict(zip(names, values, strict=True)), **options)
-            if compiled is not None:  # interpreted kernels are not compiled
-                self._compiled[key] = compiled
+            if compiled is None:  # interpreted kernels are not compiled
+                return None, values
+            self._compiled[key] = compiled
+            return compiled[whole], values
+        run = compiled[whole]
+        run(*arguments, *values)
+        return run, values
+
+
+class Recording:
+    """The launches of one call, to be made again for other tensors of the same shapes, strides and dtypes.
+
+    Args:
+        tensors: those that change from call to call, or None in their places; addresses are multiples of 16.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._places = {id(t): n for n, t in enumerate(tensors) if t is not None}
+        self._launches: list[_Launch] = []
+        self._whole = _aligned(tensors)
+
+    def add(self, run: Callable[..., object] | None, arguments: list[Any]) -> None:
+        """Take down a launch; None stands for one that cannot be made again."""
+        pointers, tiles = [], []
+        for at, argument in enumerate(arguments):
+            base = getattr(argument, "base", None)
+            held = argument if isinstance(argument, Tensor) else base if isinstance(base, Tensor) else None
+            if held is None:
+                continue
+            self._whole = self._whole and id(held) in self._places
+            place = self._places.get(id(held), 0)
+            if held is argument:
+                pointers.append((at, place))
+            else:
+                tiles.append((at, place, argument.shape, argument.strides, argument.block_shape))
+            arguments[at] = None  # nothing here keeps a tensor alive
+        if run is None:
+            self._whole = False
         else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+            self._launches.append(_Launch(run, arguments, pointers, tiles))
+
+    def replay(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Make all launches for these tensors on the current device and stream; False, and none made, if it cannot."""
+        if not (self._whole and _aligned(tensors)):
+            return False
+        for run, template, pointers, tiles in self._launches:
+            arguments = template.copy()
+            for at, place in pointers:
+                arguments[at] = tensors[place]
+            for at, place, *described in tiles:
+                arguments[at] = _Tiles(tensors[place], *described)
+            run(*arguments)
+        return True
+
+
+class _Launch(NamedTuple):
+    run: Callable[..., object]
+    template: list[Any]
+    pointers: list[tuple[int, int]]  # argument, place among the tensors
+    tiles: list[tuple[Any, ...]]  # the same, and what a descriptor says
+
+
+class _Tiles(NamedTuple):
+    """What Triton reads of a tensor descriptor at a launch."""
+
+    base: Any
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: Sequence[int]
+    padding: str = "zero"
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> bool:
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _kind(argument: Any, free: bool) -> Any:

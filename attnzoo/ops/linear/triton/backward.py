@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.ops.linear.triton import centre
 from attnzoo.ops.linear.triton.forward import join
+from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import (
     blocks,
     constants,
     empty_like_heads,
     on_device_of,
-    rows_contiguous,
     strides,
 )
-from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, is_full
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class Given(NamedTuple):
-    """What the backward is given; what there is not is None or empty."""
-
-    d_out: Tensor
-    d_s1: Tensor | None
-    d_z1: Tensor | None
-    out: Tensor
-    total: Tensor
-    s1: Tensor
-    z1: Tensor
-    sums: Tensor
-    z_sums: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    s0: Tensor | None
-    z0: Tensor | None
-    log_decay: Tensor | None
-    lengths: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def tidy(self) -> Given:
-        """With strides that the kernels take."""
-        q, k, v, d_out = (rows_contiguous(t) for t in (self.q, self.k, self.v, self.d_out))
-        states = (self.s0, self.z0, self.d_s1, self.d_z1)
-        s0, z0, d_s1, d_z1 = (None if t is None else t.contiguous() for t in states)
-        return self._replace(q=q, k=k, v=v, d_out=d_out, s0=s0, z0=z0, d_s1=d_s1, d_z1=d_z1)
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.q.shape[1] // self.k.shape[1]
 
 
 def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, scale: float) -> Gradients:
@@ -64,6 +31,9 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     (batch, heads, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
     config = configure(dim, v_dim, x.q.dtype, x.v.dtype)
     parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens)
+    mean = centre.mean_values(x) if centre.worthwhile(config, feature_map, normalize) else None
+    if mean is not None:
+        x = centre.centred(x, mean, feature_map, parts, config)
     k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
     packed = x.cu_seqlens is not None  # then there may be rows that no program writes
     d_q, d_k, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (x.q, x.k, x.v))
@@ -79,6 +49,8 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
         if not causal:
             join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
             before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
+        full = is_full(length, config, q_lengths, x.cu_seqlens)
+        kind: dict[str, Any] = {"CAUSAL": causal, "GROUP": x.group}
         tail = (x.cu_seqlens, parts.table)
         grad_queries[(parts.programs, heads, blocks(dim, config.queries))](
             x.q,
@@ -98,9 +70,19 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             parts.parts,
             parts.part,
             scale,
-            **constants(config, config.queries, normalize, feature_map, by_features=True, CAUSAL=causal, GROUP=x.group),
+            **constants(
+                config,
+                config.queries,
+                normalize,
+                feature_map,
+                by_features=True,
+                CAUSAL=causal,
+                GROUP=x.group,
+                FULL=full,
+            ),
         )
-        group = x.group if causal else 1
+        kind["GROUP"] = x.group if causal else 1
+        full = is_full(k_len, config, x.lengths, x.cu_seqlens)
         sizes = (k_len, k_parts.parts, k_parts.part, scale)
         where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
         grad_keys[(k_parts.programs, kv_heads, blocks(dim, config.keys))](
@@ -117,7 +99,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             *where,
             *strides(x.q, x.k, x.v, x.d_out, d_k),
             *sizes,
-            **constants(config, config.keys, normalize, feature_map, by_features=True, CAUSAL=causal, GROUP=group),
+            **constants(config, config.keys, normalize, feature_map, by_features=True, FULL=full, **kind),
         )
         grad_values[(k_parts.programs, kv_heads, blocks(v_dim, config.values))](
             x.q,
@@ -130,8 +112,10 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             *where,
             *strides(x.q, x.k, x.d_out, d_v),
             *sizes,
-            **constants(config, config.values, normalize, feature_map, CAUSAL=causal, GROUP=group),
+            **constants(config, config.values, normalize, feature_map, FULL=full, **kind),
         )
+    if mean is not None and d_s0.numel():
+        d_z0 = d_z0 - centre.passed_on(d_s0, mean)
     if x.s0 is None:
         d_s0, d_z0 = d_s0.new_empty(0), d_s0.new_empty(0)
     return d_q, d_k, d_v, d_s0, d_z0
@@ -157,6 +141,7 @@ def sum_gradients(
     kv_heads, tiles = x.k.shape[1], config.sum_gradients
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=x.q.device)
     z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
+    full = lag == 0 and is_full(x.q.shape[2], config, x.lengths, x.cu_seqlens)
     sum_gradient_parts[(parts.programs, kv_heads, blocks(config.dim, tiles))](
         x.q,
         x.d_out,
@@ -175,6 +160,6 @@ def sum_gradients(
         parts.part,
         lag,
         scale,
-        **constants(config, tiles, normalize, feature_map, by_features=True, GROUP=x.group),
+        **constants(config, tiles, normalize, feature_map, by_features=True, GROUP=x.group, FULL=full),
     )
     return sums, z_sums

@@ -39,11 +39,12 @@ def builds() -> Builds:
         yield _build(kernel, options, bf16, ("lengths", "cu_seqlens", "table"))
     config = configure(128, 128, bf16, bf16)
     from attnzoo.ops.linear.triton.kernels_forward import join_parts
-    from attnzoo.ops.linear.triton.kernels_step import step_state
+    from attnzoo.ops.linear.triton.kernels_step import step_token, step_tokens
 
     yield _build(join_parts, state_constants(config, config.sums, True), bf16, ("firsts", "s0", "z0"))
-    options = state_constants(config, config.sums, True) | {"GROUP": 1, "MAP": "elu", "BV": 128, "num_warps": 8}
-    yield _build(step_state, options, bf16, ("lengths", "log_decay"))
+    options = constants(config, config.sums, True, "elu", GROUP=1) | {"num_warps": 4}
+    yield _build(step_token, options | {"BV": 128}, bf16, ("lengths", "log_decay"))
+    yield _build(step_tokens, options | {"BV": 64, "CHUNK": 16, "PIECES": True}, bf16, ("lengths", "log_decay"))
 
 
 def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, absent: tuple[str, ...]) -> Builds:
@@ -62,6 +63,7 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
         (keys.grad_keys, config.keys, True),
     ):
         more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "STATE_FIRST": tiles.state_first}
+        more["FULL"] = more["ALIKE"] = "s0" in absent
         options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
         yield _build(kernel, options, dtype, absent)
 

@@ -16,7 +16,7 @@ from attnzoo.ops.linear.triton.launch import (
     state_constants,
     strides,
 )
-from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, is_full
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -82,6 +82,8 @@ def attend(
                 CAUSAL=causal,
                 GROUP=heads // kv_heads,
                 STATE_FIRST=config.attend.state_first,
+                ALIKE=q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2),
+                FULL=is_full(length, config, lengths, cu_seqlens),
             ),
         )
     return out, total, s1, z1, sums, z_sums
@@ -120,6 +122,7 @@ def sum_keys(
     kv_heads, tiles = k.shape[1], config.sums
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=k.device)
     z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
+    full = lag == 0 and is_full(k.shape[2], config, lengths, cu_seqlens)
     kernels.sum_parts[(parts.programs, kv_heads, blocks(config.v_dim, tiles))](
         k,
         v,
@@ -134,7 +137,7 @@ def sum_keys(
         parts.parts,
         parts.part,
         lag,
-        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last),
+        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last, FULL=full),
     )
     return sums, z_sums
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.launching import interpreted, triton_reasons
-from attnzoo.ops.linear.triton.backward import Given, sum_gradients
+from attnzoo.ops.linear.triton.backward import sum_gradients
 from attnzoo.ops.linear.triton.forward import sum_keys
+from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import constants, empty_like_heads, on_device_of, rows_contiguous, strides
 from attnzoo.ops.linear.triton.shapes import Config, Parts, Tiles, configure, cut, power_of_two
 

@@ -2,8 +2,7 @@
 
 A program holds a block of the values' columns and all features, and its state transposed [BV, BD]. If STATE_FIRST the
 state is a matrix product's first operand, straight from the registers in which it is summed, and outputs come out
-transposed: so a block may have 128 columns, over two groups of warps. The normaliser's sums z stand in a few rows whose
-sum they are (see `sum_rows`).
+transposed: so a block may have 128 columns, over two groups of warps. The normaliser's sums z are a product with ones.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +11,7 @@ sum they are (see `sum_rows`).
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import first_row, load_state, state_before, store_state
+from attnzoo.ops.linear.triton.states import load_state, state_before, store_state
 from attnzoo.ops.linear.triton.tiles import (
     NARROW,
     decay_since,
@@ -23,10 +22,11 @@ from attnzoo.ops.linear.triton.tiles import (
     load_tile,
     locate,
     mask_weights,
+    pieces,
     real_tokens,
     row_mask,
     store_tile,
-    sum_rows,
+    twice,
 )
 
 
@@ -69,6 +69,7 @@ def sum_parts(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -87,11 +88,12 @@ def sum_parts(
         rate = tl.load(log_decay + head).to(tl.float32)
     s = tl.zeros([BV, BD], tl.float32)
     z = tl.zeros([NARROW, BD], tl.float32)
+    ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
     start = begin + place * part
     stop = tl.maximum(tl.minimum(start + part, end + lag), start)
     for first in range(start, stop, CHUNK):
-        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
-        values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
+        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
+        values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
         if log_decay is not None:
             real = real_tokens(first, end, CHUNK)
             fade = tl.exp(rate * real.to(tl.float32))
@@ -99,11 +101,11 @@ def sum_parts(
             s, z = s * fade, z * fade
         s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
         if NORMALIZE:
-            z += sum_rows(keys, CHUNK, BD)
+            z = tl.dot(ones, keys, z, input_precision=PRECISION)
     chunks = tl.cdiv(stop - start, CHUNK)
     blank = blank_keys(start - lag, chunks, begin, end, log_decay is not None, MAP, CHUNK)
     index = tl.program_id(0) * tl.num_programs(1) + head
-    store_state(sums, z_sums, index, v0, 0, s, tl.sum(z, 0) - blank, NORMALIZE, D, DV, BV, BD)
+    store_state(sums, z_sums, index, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit
@@ -114,6 +116,15 @@ def scale_tokens(x, factor, TRANSPOSED: tl.constexpr):
     else:
         x = x * factor[:, None]
     return x
+
+
+@triton.jit
+def store_tokens(x, first, low, high, values, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """Write one number a token, to the rows in [low, high)."""
+    if FULL:
+        tl.store(x + first + tl.arange(0, CHUNK), values)
+    else:
+        tl.store(x + first + tl.arange(0, CHUNK), values, mask=row_mask(first, low, high, CHUNK))
 
 
 @triton.jit
@@ -151,6 +162,7 @@ def attend(
     scale,
     CAUSAL: tl.constexpr,
     STATE_FIRST: tl.constexpr,
+    ALIKE: tl.constexpr,
     GROUP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
@@ -159,6 +171,7 @@ def attend(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -172,6 +185,8 @@ def attend(
     n, row, begin, end, stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
     if place < 0:
         return
+    if ALIKE:
+        k_s, v_s, o_s = q_s, q_s, q_s
     q = head_base(q, row, q_head, q_b, q_h)
     k = head_base(k, row, head, k_b, k_h)
     v = head_base(v, row, head, v_b, v_h) + v0
@@ -183,18 +198,19 @@ def attend(
     s, before = state_before(
         s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, v0, 0, NORMALIZE, D, DV, BV, BD
     )
-    z = first_row(before, NARROW)
+    z = twice(before)
+    ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
     start = begin + place * part
     stop = tl.maximum(tl.minimum(start + part, stop), start)
     for first in range(start, stop, CHUNK):
-        queries = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
+        queries = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
         if CAUSAL:
-            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
-            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
+            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
+            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             weights = mask_weights(weights, rate, False, CHUNK)
         if NORMALIZE:
-            weight = tl.sum(tl.dot(queries, tl.trans(z.to(COMPUTE)), input_precision=PRECISION), 1)
+            weight = tl.sum(tl.dot(queries, tl.trans(pieces(z, COMPUTE)), input_precision=PRECISION), 1)
         if STATE_FIRST:
             read = tl.dot(s.to(COMPUTE), tl.trans(queries), input_precision=PRECISION)  # [BV, CHUNK]
         else:
@@ -219,22 +235,25 @@ def attend(
                 s, z = s * fade, z * fade
             s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
             if NORMALIZE:
-                z += sum_rows(keys, CHUNK, BD)
+                z = tl.dot(ones, keys, z, input_precision=PRECISION)
         if NORMALIZE:
-            weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
+            if not FULL:
+                weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
             read = scale_tokens(read, inverse_or_zero(weight), STATE_FIRST)
             if v0 == 0:
-                tl.store(total + first + tl.arange(0, CHUNK), weight, mask=row_mask(first, begin, stop, CHUNK))
+                store_tokens(total, first, begin, stop, weight, CHUNK, FULL)
+        elif FULL:
+            read = read * scale
         else:
             read = scale_tokens(read, tl.where(row_mask(first, begin, end, CHUNK), scale, 0.0), STATE_FIRST)
         if STATE_FIRST:
             read = tl.trans(read)
-        store_tile(out, o_s, first, begin, stop, DV - v0, read, CHUNK, BV, DV % BV == 0)
+        store_tile(out, o_s, first, begin, stop, DV - v0, read, CHUNK, BV, DV % BV == 0, FULL)
     if CAUSAL:
         if (place == count - 1) & (q_head % GROUP == 0):
             chunks = tl.cdiv(stop - start, CHUNK)
             blank = blank_keys(start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
-            store_state(s1, z1, n * kv_heads + head, v0, 0, s, tl.sum(z, 0) - blank, NORMALIZE, D, DV, BV, BD)
+            store_state(s1, z1, n * kv_heads + head, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ Programs hold a block of what they write: of the features' columns for keys, of 
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_grad_queries import load_dots, load_inverse
+from attnzoo.ops.linear.triton.kernels_grad_queries import load_inverse, load_tokens
 from attnzoo.ops.linear.triton.states import gradient_after, store_state
 from attnzoo.ops.linear.triton.tiles import (
     NARROW,
@@ -75,6 +75,7 @@ def grad_keys(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -119,7 +120,7 @@ def grad_keys(
     d_features = tl.zeros([BD, CHUNK], tl.float32)
     for step in range(0, chunks * GROUP):
         first = start + (chunks - 1 - step // GROUP) * CHUNK
-        values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+        values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
         if step % GROUP == 0:  # the chunk's keys meet the queries after it
             d_features = tl.dot(s.to(COMPUTE), tl.trans(values), input_precision=PRECISION)
             if NORMALIZE:
@@ -133,14 +134,14 @@ def grad_keys(
             q_head = head * GROUP + step % GROUP
             at = (row.to(tl.int64) * (kv_heads * GROUP) + q_head) * length
             own = head_base(q, row, q_head, q_b, q_h) + d0
-            queries = load_features(own, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+            queries = load_features(own, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
             given = head_base(d_out, row, q_head, do_b, do_h)
-            upstream = load_tile(given, do_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK)
+            upstream = load_tile(given, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
+            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
             columns = tl.trans((queries * inverse[:, None]).to(COMPUTE))  # [BD, queries]
             d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
             if NORMALIZE:
-                found = load_dots(dots + at, first, begin, end, CHUNK)
+                found = load_tokens(dots + at, first, begin, end, CHUNK, FULL)
                 d_weights -= found[:, None]
             d_weights = mask_weights(d_weights, rate, False, CHUNK).to(COMPUTE)
             d_features = tl.dot(columns, d_weights, d_features, input_precision=PRECISION)
@@ -151,12 +152,12 @@ def grad_keys(
                 z = tl.dot(columns, tl.trans(narrow_rows(-found, COMPUTE)), z, input_precision=PRECISION)
         if step % GROUP == GROUP - 1:
             result = tl.trans(d_features)
-            # Nothing passes to keys in padding, whatever the state's gradient is.
-            result = tl.where(row_mask(first, begin, end, CHUNK)[:, None], result, 0.0)
+            if not FULL:  # nothing passes to keys in padding, whatever the state's gradient is
+                result = tl.where(row_mask(first, begin, end, CHUNK)[:, None], result, 0.0)
             if MAP != "identity":
-                keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+                keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
                 result = times_slope(result, keys, MAP)
-            store_tile(d_k, dk_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0)
+            store_tile(d_k, dk_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)
     if d_s0 is not None:
         if place == 0:
             store_state(d_s0, d_z0, n * kv_heads + head, 0, d0, tl.trans(s), tl.sum(z, 1), NORMALIZE, D, DV, BV, BD)
@@ -200,6 +201,7 @@ def grad_values(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -222,7 +224,7 @@ def grad_values(
     d_values = tl.zeros([BV, CHUNK], tl.float32)
     for step in range(0, chunks * GROUP):
         first = start + (chunks - 1 - step // GROUP) * CHUNK
-        keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
+        keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
         if step % GROUP == 0:
             d_values = tl.dot(s.to(COMPUTE), tl.trans(keys), input_precision=PRECISION)  # [BV, CHUNK]
             if log_decay is not None:
@@ -233,10 +235,10 @@ def grad_values(
             q_head = head * GROUP + step % GROUP
             at = (row.to(tl.int64) * (kv_heads * GROUP) + q_head) * length
             own = head_base(q, row, q_head, q_b, q_h)
-            queries = load_features(own, q_s, first, begin, end, D, CHUNK, BD, BD == D, MAP, COMPUTE)
+            queries = load_features(own, q_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
             given = head_base(d_out, row, q_head, do_b, do_h) + v0
-            upstream = load_tile(given, do_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0).to(COMPUTE)
-            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK)
+            upstream = load_tile(given, do_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
+            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
             queries = (queries * inverse[:, None]).to(COMPUTE)
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [queries, keys]
             weights = mask_weights(weights, rate, False, CHUNK).to(COMPUTE)
@@ -246,5 +248,6 @@ def grad_values(
             s = tl.dot(tl.trans(upstream), queries, s, input_precision=PRECISION)
         if step % GROUP == GROUP - 1:
             result = tl.trans(d_values)
-            result = tl.where(row_mask(first, begin, end, CHUNK)[:, None], result, 0.0)
-            store_tile(d_v, dv_s, first, begin, stop, DV - v0, result, CHUNK, BV, DV % BV == 0)
+            if not FULL:
+                result = tl.where(row_mask(first, begin, end, CHUNK)[:, None], result, 0.0)
+            store_tile(d_v, dv_s, first, begin, stop, DV - v0, result, CHUNK, BV, DV % BV == 0, FULL)

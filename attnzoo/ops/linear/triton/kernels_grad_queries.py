@@ -30,18 +30,25 @@ from attnzoo.ops.linear.triton.tiles import (
 
 
 @triton.jit
-def load_inverse(total, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr):
+def load_inverse(total, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
     """1 / t, or the scale; 0 outside the rows [low, high)."""
-    real = row_mask(first, low, high, CHUNK)
     if NORMALIZE:
-        return inverse_or_zero(tl.load(total + first + tl.arange(0, CHUNK), mask=real, other=0.0))
-    return tl.where(real, scale, 0.0)
+        factor = inverse_or_zero(load_tokens(total, first, low, high, CHUNK, FULL))
+    elif FULL:
+        factor = tl.full([CHUNK], 1.0, tl.float32) * scale
+    else:
+        factor = tl.where(row_mask(first, low, high, CHUNK), scale, 0.0)
+    return factor
 
 
 @triton.jit
-def load_dots(dots, first, low, high, CHUNK: tl.constexpr):
-    """do . out, [CHUNK], 0 outside the rows [low, high)."""
-    return tl.load(dots + first + tl.arange(0, CHUNK), mask=row_mask(first, low, high, CHUNK), other=0.0)
+def load_tokens(dots, first, low, high, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """One number a token, [CHUNK], 0 outside the rows [low, high)."""
+    if FULL:
+        found = tl.load(dots + first + tl.arange(0, CHUNK))
+    else:
+        found = tl.load(dots + first + tl.arange(0, CHUNK), mask=row_mask(first, low, high, CHUNK), other=0.0)
+    return found
 
 
 @triton.jit
@@ -58,10 +65,20 @@ def find_dots(
     BV: tl.constexpr,
     EVEN: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """do . out, [CHUNK], from the tile of do; written to `dots` if `write`."""
-    o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN)
-    found = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), 1)
+    """do . out, [CHUNK], from the tile of do; written to `dots` if `write`.
+
+    In fp32 summed as a product sums do . v, so that where an output is nearly one value they differ by as little.
+    """
+    o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN, FULL)
+    if upstream.dtype == tl.float32 and PRECISION == "ieee":
+        products = tl.dot(upstream, tl.trans(o.to(tl.float32)), input_precision=PRECISION)
+        row = tl.arange(0, CHUNK)
+        found = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
+    else:
+        found = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(dots + first + tl.arange(0, CHUNK), found, mask=row_mask(first, low, high, CHUNK) & write)
     return found
 
@@ -101,6 +118,7 @@ def sum_gradient_parts(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -124,10 +142,10 @@ def sum_gradient_parts(
         at = (row.to(tl.int64) * heads + q_head) * length
         late = first + lag
         own = head_base(q, row, q_head, q_b, q_h) + d0
-        queries = load_features(own, q_s, late, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+        queries = load_features(own, q_s, late, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
         given = head_base(d_out, row, q_head, do_b, do_h)
-        upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        factor = load_inverse(total + at, late, begin, end, scale, NORMALIZE, CHUNK)
+        upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
+        factor = load_inverse(total + at, late, begin, end, scale, NORMALIZE, CHUNK, FULL)
         if log_decay is not None:
             factor = factor * decay_since(rate, CHUNK)
             if step % GROUP == 0:
@@ -137,7 +155,9 @@ def sum_gradient_parts(
         s = tl.dot(tl.trans(upstream), queries, s, input_precision=PRECISION)
         if NORMALIZE:
             o = head_base(out, row, q_head, o_b, o_h)
-            found = find_dots(upstream, o, o_s, dots + at, late, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK)
+            found = find_dots(
+                upstream, o, o_s, dots + at, late, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK, FULL, PRECISION
+            )
             z = tl.dot(narrow_rows(found, COMPUTE), queries, z, input_precision=PRECISION)
     index = tl.program_id(0) * tl.num_programs(1) + head
     store_state(sums, z_sums, index, 0, d0, s, -tl.sum(z, 0), NORMALIZE, D, DV, BV, BD)
@@ -192,6 +212,7 @@ def grad_queries(
     BD: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
+    FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -222,20 +243,22 @@ def grad_queries(
     ones = tl.trans(narrow_rows(tl.full([CHUNK], 1.0, tl.float32), COMPUTE))
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
-        upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        inverse = load_inverse(total, first, begin, end, scale, NORMALIZE, CHUNK)
+        upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
+        inverse = load_inverse(total, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
         d_features = tl.dot(s.to(COMPUTE), tl.trans(upstream), input_precision=PRECISION)  # [BD, CHUNK]
         if NORMALIZE:
             if out is not None:
-                found = find_dots(upstream, out, o_s, dots, first, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK)
+                found = find_dots(
+                    upstream, out, o_s, dots, first, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK, FULL, PRECISION
+                )
             else:
-                found = load_dots(dots, first, begin, end, CHUNK)
+                found = load_tokens(dots, first, begin, end, CHUNK, FULL)
             d_features -= tl.sum(z, 1)[:, None] * found[None, :]
         if log_decay is not None:
             d_features = d_features * decay_since(rate, CHUNK)[None, :]
         if CAUSAL:
-            keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
-            values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+            keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
+            values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
             d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
             if NORMALIZE:
                 d_weights -= found[:, None]
@@ -252,6 +275,6 @@ def grad_queries(
                 z = tl.dot(columns, ones, z, input_precision=PRECISION)
         result = tl.trans(d_features * inverse[None, :])
         if MAP != "identity":
-            queries = load_features(q, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, MAP, COMPUTE)
+            queries = load_features(q, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
             result = times_slope(result, queries, MAP)
-        store_tile(d_q, dq_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0)
+        store_tile(d_q, dq_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)

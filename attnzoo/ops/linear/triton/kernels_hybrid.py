@@ -9,18 +9,18 @@ every chunk's queries with the keys of their window. F features, D dimensions of
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import first_row, state_before
+from attnzoo.ops.linear.triton.states import state_before
 from attnzoo.ops.linear.triton.tiles import (
-    NARROW,
     head_base,
     inverse_or_zero,
     load_features,
     load_tile,
     locate,
     mask_weights,
+    pieces,
     row_mask,
     store_tile,
-    sum_rows,
+    twice,
 )
 
 
@@ -50,7 +50,7 @@ def load_far_features(
     COMPUTE: tl.constexpr,
 ):
     """As `load_features`, 0 outside the rows [low, high): before a sequence's first far key there are none."""
-    x = load_features(base, stride, first, low, high, width, ROWS, BLOCK, width == BLOCK, MAP, COMPUTE)
+    x = load_features(base, stride, first, low, high, width, ROWS, BLOCK, width == BLOCK, False, MAP, COMPUTE)
     return tl.where(row_mask(first, low, high, ROWS)[:, None], x, 0.0).to(COMPUTE)
 
 
@@ -124,28 +124,29 @@ def hybrid_attend(
     s, before = state_before(
         None, None, sums, z_sums, n, place, head, kv_heads, begin, end, part, None, 0, 0, True, F, DV, BV, BF
     )
-    z = first_row(before, NARROW)
+    z = twice(before)
+    ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
-        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
+        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, False, MAP, COMPUTE)
         keys = load_far_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, MAP, COMPUTE)
-        values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+        values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
         weights = tl.dot(mapped, tl.trans(keys), input_precision=PRECISION)
         weights = mask_weights(weights, None, False, CHUNK)
         far = tl.dot(mapped, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
         far = tl.dot(weights.to(COMPUTE), values, far, input_precision=PRECISION)
-        weight = tl.sum(tl.dot(mapped, tl.trans(z.to(COMPUTE)), input_precision=PRECISION), 1) + tl.sum(weights, 1)
+        weight = tl.sum(tl.dot(mapped, tl.trans(pieces(z, COMPUTE)), input_precision=PRECISION), 1) + tl.sum(weights, 1)
         s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
-        z += sum_rows(keys, CHUNK, BF)
+        z = tl.dot(ones, keys, z, input_precision=PRECISION)
 
-        queries = load_tile(q, q_s, first, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
+        queries = load_tile(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
         best = tl.full([CHUNK], -float("inf"), tl.float32)
         holder = tl.zeros([CHUNK], tl.int32)
         sum_near = tl.zeros([CHUNK], tl.float32)
         near = tl.zeros([CHUNK, BV], tl.float32)
         for other in range(tl.maximum(first - window + 1, begin), tl.minimum(first + CHUNK, end), CHUNK):
-            own_keys = load_tile(k, k_s, other, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
-            own_values = load_tile(v, v_s, other, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+            own_keys = load_tile(k, k_s, other, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
+            own_values = load_tile(v, v_s, other, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
             scores = tl.dot(queries, tl.trans(own_keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
             scores = tl.where(seen_near(first, other, window, end, CHUNK, False), scores, -float("inf"))
             largest = tl.max(scores, 1)
@@ -160,7 +161,7 @@ def hybrid_attend(
             best = highest
         weight = tl.where(row_mask(first, begin, end, CHUNK), weight + factor * sum_near, 0.0)
         result = (far + factor * near) * inverse_or_zero(weight)[:, None]
-        store_tile(out, o_s, first, begin, stop, DV, result, CHUNK, BV, BV == DV)
+        store_tile(out, o_s, first, begin, stop, DV, result, CHUNK, BV, BV == DV, False)
         rows, mask = at + first + tl.arange(0, CHUNK), row_mask(first, begin, stop, CHUNK)
         tl.store(total + rows, weight, mask=mask)
         tl.store(top + rows, best, mask=mask)

@@ -11,7 +11,7 @@ is g's gradient.
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_grad_queries import find_dots, load_dots, load_inverse
+from attnzoo.ops.linear.triton.kernels_grad_queries import find_dots, load_inverse, load_tokens
 from attnzoo.ops.linear.triton.kernels_hybrid import load_far_features, seen_near
 from attnzoo.ops.linear.triton.states import gradient_after, state_before
 from attnzoo.ops.linear.triton.tiles import (
@@ -115,31 +115,33 @@ def hybrid_grad_queries(
     )
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
-        upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        inverse = load_inverse(total + at, first, begin, end, 1.0, True, CHUNK)
-        found = find_dots(upstream, out, o_s, dots + at, first, begin, end, DV, True, BV, BV == DV, CHUNK)
+        upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
+        inverse = load_inverse(total + at, first, begin, end, 1.0, True, CHUNK, False)
+        found = find_dots(
+            upstream, out, o_s, dots + at, first, begin, end, DV, True, BV, BV == DV, CHUNK, False, PRECISION
+        )
         keys = load_far_features(f_k, fk_s, first - window, begin, end, F, CHUNK, BF, MAP, COMPUTE)
-        values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+        values = load_tile(v, v_s, first - window, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
         d_features = tl.dot(upstream, s.to(COMPUTE), input_precision=PRECISION) - found[:, None] * z[None, :]
         d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - found[:, None]
         d_weights = mask_weights(d_weights, None, False, CHUNK)
         d_features = tl.dot(d_weights.to(COMPUTE), keys, d_features, input_precision=PRECISION)
         s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
         z += tl.sum(keys.to(tl.float32), 0)
-        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
+        mapped = load_features(f_q, fq_s, first, begin, end, F, CHUNK, BF, BF == F, False, MAP, COMPUTE)
         d_features = times_slope(d_features * inverse[:, None], mapped, MAP)
-        store_tile(d_fq, df_s, first, begin, stop, F, d_features, CHUNK, BF, BF == F)
+        store_tile(d_fq, df_s, first, begin, stop, F, d_features, CHUNK, BF, BF == F, False)
 
         real = row_mask(first, begin, end, CHUNK)
         rows = at + first + tl.arange(0, CHUNK)
         base = tl.load(top + rows, mask=real, other=0.0)
         holder = tl.load(arg + rows, mask=real, other=0)
-        queries = load_tile(q, q_s, first, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
+        queries = load_tile(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
         taken = tl.zeros([CHUNK], tl.float32)
         d_near = tl.zeros([CHUNK, BD], tl.float32)
         for other in range(tl.maximum(first - window + 1, begin), tl.minimum(first + CHUNK, end), CHUNK):
-            own_keys = load_tile(k, k_s, other, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
-            own_values = load_tile(v, v_s, other, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
+            own_keys = load_tile(k, k_s, other, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
+            own_values = load_tile(v, v_s, other, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
             scores = tl.dot(queries, tl.trans(own_keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
             seen = seen_near(first, other, window, end, CHUNK, False)
             p = tl.where(seen, tl.exp2(tl.where(seen, scores - base[:, None], 0.0)), 0.0)
@@ -151,7 +153,7 @@ def hybrid_grad_queries(
         largest = k + holder[:, None].to(tl.int64) * k_s + columns[None, :]
         largest = tl.load(largest, mask=real[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
         d_near = (d_near - taken[:, None] * largest) * (factor * scale)
-        store_tile(d_q, dq_s, first, begin, stop, D, d_near, CHUNK, BD, BD == D)
+        store_tile(d_q, dq_s, first, begin, stop, D, d_near, CHUNK, BD, BD == D, False)
         tl.store(row_sums + rows, taken, mask=row_mask(first, begin, stop, CHUNK))
 
 
@@ -240,9 +242,9 @@ def hybrid_grad_keys(
     chunks = tl.cdiv(tl.maximum(tl.minimum(start + part, stop) - start, 0), CHUNK)
     for step in range(0, chunks):
         first = start + (chunks - 1 - step) * CHUNK
-        keys = load_tile(k, k_s, first, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
-        values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-        mapped = load_features(f_k, fk_s, first, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
+        keys = load_tile(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
+        values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
+        mapped = load_features(f_k, fk_s, first, begin, end, F, CHUNK, BF, BF == F, False, MAP, COMPUTE)
         d_features = tl.dot(values, s.to(COMPUTE), input_precision=PRECISION) + z[None, :]
         d_values = tl.dot(mapped, tl.trans(s.to(COMPUTE)), input_precision=PRECISION)
         d_keys = tl.zeros([CHUNK, BD], tl.float32)
@@ -255,10 +257,10 @@ def hybrid_grad_keys(
             given = head_base(d_out, row, q_head, do_b, do_h)
 
             late = first + window
-            queries = load_features(own_f, fq_s, late, begin, end, F, CHUNK, BF, BF == F, MAP, COMPUTE)
-            upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-            inverse = load_inverse(total + at, late, begin, end, 1.0, True, CHUNK)
-            found = load_dots(dots + at, late, begin, end, CHUNK)
+            queries = load_features(own_f, fq_s, late, begin, end, F, CHUNK, BF, BF == F, False, MAP, COMPUTE)
+            upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
+            inverse = load_inverse(total + at, late, begin, end, 1.0, True, CHUNK, False)
+            found = load_tokens(dots + at, late, begin, end, CHUNK, False)
             queries = (queries * inverse[:, None]).to(COMPUTE)
             weights = tl.dot(mapped, tl.trans(queries), input_precision=PRECISION)
             weights = mask_weights(weights, None, True, CHUNK)
@@ -275,10 +277,10 @@ def hybrid_grad_keys(
                 base = tl.load(top + rows, mask=real, other=0.0)
                 holder = tl.load(arg + rows, mask=real, other=-1)
                 taken = tl.load(row_sums + rows, mask=real, other=0.0)
-                near_queries = load_tile(own_q, q_s, other, begin, end, D, CHUNK, BD, BD == D).to(COMPUTE)
-                near_up = load_tile(given, do_s, other, begin, end, DV, CHUNK, BV, BV == DV).to(COMPUTE)
-                near_inverse = load_inverse(total + at, other, begin, end, 1.0, True, CHUNK)
-                near_found = load_dots(dots + at, other, begin, end, CHUNK)
+                near_queries = load_tile(own_q, q_s, other, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
+                near_up = load_tile(given, do_s, other, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
+                near_inverse = load_inverse(total + at, other, begin, end, 1.0, True, CHUNK, False)
+                near_found = load_tokens(dots + at, other, begin, end, CHUNK, False)
                 scores = tl.dot(keys, tl.trans(near_queries), input_precision=PRECISION) * (scale * 1.4426950408889634)
                 seen = seen_near(other, first, window, end, CHUNK, True)
                 p = tl.where(seen, tl.exp2(tl.where(seen, scores - base[None, :], 0.0)), 0.0)
@@ -290,6 +292,6 @@ def hybrid_grad_keys(
                 d_keys = tl.dot(d_p.to(COMPUTE), near_queries, d_keys, input_precision=PRECISION)
         real_rows = row_mask(first, begin, end, CHUNK)[:, None]
         d_features = tl.where(real_rows, times_slope(d_features, mapped, MAP), 0.0)
-        store_tile(d_fk, df_s, first, begin, stop, F, d_features, CHUNK, BF, BF == F)
-        store_tile(d_k, dk_s, first, begin, stop, D, tl.where(real_rows, d_keys, 0.0), CHUNK, BD, BD == D)
-        store_tile(d_v, dv_s, first, begin, stop, DV, tl.where(real_rows, d_values, 0.0), CHUNK, BV, BV == DV)
+        store_tile(d_fk, df_s, first, begin, stop, F, d_features, CHUNK, BF, BF == F, False)
+        store_tile(d_k, dk_s, first, begin, stop, D, tl.where(real_rows, d_keys, 0.0), CHUNK, BD, BD == D, False)
+        store_tile(d_v, dv_s, first, begin, stop, DV, tl.where(real_rows, d_values, 0.0), CHUNK, BV, BV == DV, False)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.linear.common import Call, State
-from attnzoo.ops.linear.triton.backward import Given, gradients
+from attnzoo.ops.linear.triton.backward import gradients
 from attnzoo.ops.linear.triton.forward import attend
+from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import empty_like_heads
 from attnzoo.ops.linear.triton.reasons import step_reasons
 from attnzoo.ops.linear.triton.shapes import configure, cut

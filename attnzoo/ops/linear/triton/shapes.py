@@ -101,6 +101,11 @@ def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 
+def is_full(length: int, config: Config, lengths: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether every token of every chunk is a real one."""
+    return lengths is None and cu_seqlens is None and length % config.granule == 0
+
+
 def cut(rows: int, heads: int, length: int, config: Config, device: torch.device, cu_seqlens: Tensor | None) -> Parts:
     """Parts of about the length at which all programs of `heads` a row fill the GPU at once."""
     granule = config.granule

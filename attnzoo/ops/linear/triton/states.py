@@ -143,9 +143,3 @@ def gradient_after(
             s += more
             z += z_more
     return s, z
-
-
-@triton.jit
-def first_row(x, ROWS: tl.constexpr):
-    """[ROWS, N]: the vector x in the first row, zeros below."""
-    return tl.where((tl.arange(0, ROWS) == 0)[:, None], x[None, :], 0.0)

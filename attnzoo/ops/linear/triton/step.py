@@ -8,10 +8,10 @@ from torch import Tensor
 from attnzoo.ops.launching import interpreted
 from attnzoo.ops.linear.common import Call, State
 from attnzoo.ops.linear.triton.launch import on_device_of, rows_contiguous
-from attnzoo.ops.linear.triton.shapes import power_of_two
+from attnzoo.ops.linear.triton.shapes import compute_dtype, power_of_two
 
-_SLAB = 16384  # elements of the state that a program holds at a time
-_WARPS = 8
+_SLAB = (16384, 8192)  # elements of the state that a program holds at a time, of one token and of several
+_WARPS = 4
 
 
 def step(call: Call, state: State) -> Tensor:
@@ -55,10 +55,18 @@ def _launch(q, k, v, s, z, log_decay, lengths, feature_map, scale, kernels):  # 
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     (batch, heads, tokens, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     out = v.new_empty(batch, heads, tokens, v_dim)
-    block_d = power_of_two(dim)
-    block_v = 16 if interpreted() else min(power_of_two(v_dim), max(16, _SLAB // block_d))
+    pieces = compute_dtype(q.dtype, v.dtype)[0] == torch.bfloat16
+    least = 64 if tokens > 1 and pieces else 16  # as in `configure`
+    block_d = power_of_two(dim, least)
+    block_v = 16 if interpreted() else min(power_of_two(v_dim, least), max(least, _SLAB[tokens > 1] // block_d))
+    options = {"GROUP": heads // kv_heads, "MAP": feature_map, "D": dim, "DV": v_dim, "BD": block_d, "BV": block_v}
+    sizes: tuple[float, ...] = (scale,)
+    if tokens > 1:
+        options |= {"CHUNK": 16, "PIECES": pieces}
+        sizes = (tokens, scale)
+    kernel = kernels.step_tokens if tokens > 1 else kernels.step_token
     with on_device_of(q):
-        kernels.step_state[(kv_heads, batch)](
+        kernel[(kv_heads, batch)](
             q,
             k,
             v,
@@ -67,19 +75,11 @@ def _launch(q, k, v, s, z, log_decay, lengths, feature_map, scale, kernels):  # 
             out,
             log_decay,
             lengths,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *(stride for t in (q, k, v) for stride in t.stride()[: 3 if tokens > 1 else 2]),
             *s.stride()[:3],
             *((0, 0) if z is None else z.stride()[:2]),
-            tokens,
-            scale,
-            GROUP=heads // kv_heads,
-            MAP=feature_map,
-            D=dim,
-            DV=v_dim,
-            BD=block_d,
-            BV=block_v,
+            *sizes,
+            **options,
             num_warps=_WARPS,
         )
     return out

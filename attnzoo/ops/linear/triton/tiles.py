@@ -8,7 +8,7 @@ A sequence (a row, or a packed document) is cut into parts of `part` tokens, one
 import triton
 import triton.language as tl
 
-# Rows of the narrow tile that holds the normaliser's sums: what a matrix product takes at least.
+# Rows of the tile in which the normaliser's sums stand: as many as a matrix product needs at least.
 NARROW = tl.constexpr(16)
 
 
@@ -59,21 +59,61 @@ def tile_pointers(base, stride, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, stride, first, low, high, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """[ROWS, BLOCK], 0 outside the rows [low, high) and, unless EVEN, beyond `width` columns."""
-    mask = row_mask(first, low, high, ROWS)[:, None]
-    if not EVEN:
-        mask = mask & (tl.arange(0, BLOCK) < width)[None, :]
-    return tl.load(tile_pointers(base, stride, first, ROWS, BLOCK), mask=mask, other=0.0)
+def tile_mask(first, low, high, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """[ROWS, BLOCK], or one that broadcasts to it: rows in [low, high) unless FULL, columns in `width` unless EVEN."""
+    columns = (tl.arange(0, BLOCK) < width)[None, :]
+    if FULL:
+        mask = columns
+    elif EVEN:
+        mask = row_mask(first, low, high, ROWS)[:, None]
+    else:
+        mask = row_mask(first, low, high, ROWS)[:, None] & columns
+    return mask
 
 
 @triton.jit
-def store_tile(base, stride, first, low, high, width, x, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Write a tile's rows in [low, high) and its first `width` columns."""
-    mask = row_mask(first, low, high, ROWS)[:, None]
-    if not EVEN:
-        mask = mask & (tl.arange(0, BLOCK) < width)[None, :]
-    tl.store(tile_pointers(base, stride, first, ROWS, BLOCK), x.to(base.dtype.element_ty), mask=mask)
+def load_tile(
+    base,
+    stride,
+    first,
+    low,
+    high,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """[ROWS, BLOCK], 0 outside the rows [low, high) unless FULL, and beyond `width` columns unless EVEN."""
+    pointers = tile_pointers(base, stride, first, ROWS, BLOCK)
+    if FULL and EVEN:  # without masks there are fewer registers to spill: worth up to a quarter of the time
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=tile_mask(first, low, high, width, ROWS, BLOCK, EVEN, FULL), other=0.0)
+    return x
+
+
+@triton.jit
+def store_tile(
+    base,
+    stride,
+    first,
+    low,
+    high,
+    width,
+    x,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Write a tile's rows in [low, high), all if FULL, and its first `width` columns, all if EVEN."""
+    pointers = tile_pointers(base, stride, first, ROWS, BLOCK)
+    x = x.to(base.dtype.element_ty)
+    if FULL and EVEN:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=tile_mask(first, low, high, width, ROWS, BLOCK, EVEN, FULL))
 
 
 @triton.jit
@@ -85,7 +125,7 @@ def apply_map(x, MAP: tl.constexpr):
         else:
             x = tl.where(x > 0, x + 1, tl.exp2(x * 1.4426950408889634))
     if MAP == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0).to(x.dtype)
     return x
 
 
@@ -131,11 +171,12 @@ def load_features(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     MAP: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """As `load_tile`, mapped, in COMPUTE; map(0) outside the rows, and 0 beyond `width`."""
-    x = load_tile(base, stride, first, low, high, width, ROWS, BLOCK, EVEN).to(COMPUTE)
+    x = load_tile(base, stride, first, low, high, width, ROWS, BLOCK, EVEN, FULL).to(COMPUTE)
     x = apply_map(x, MAP)
     if MAP == "elu" and not EVEN:
         x = tl.where((tl.arange(0, BLOCK) < width)[None, :], x, 0.0).to(COMPUTE)
@@ -153,18 +194,23 @@ def times_slope(d, features, MAP: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(x, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """[NARROW, BLOCK] in fp32: every NARROW-th row of x [CHUNK, BLOCK] summed, which no thread needs another for."""
-    return tl.sum(tl.reshape(x, [CHUNK // NARROW, NARROW, BLOCK]).to(tl.float32), 0)
+def twice(x):
+    """[NARROW, N]: the vector x [N] in the first two rows, zeros below. So z is kept (see `pieces`)."""
+    return tl.where((tl.arange(0, NARROW) < 2)[:, None], x[None, :], 0.0)
+
+
+@triton.jit
+def pieces(z, COMPUTE: tl.constexpr):
+    """A tile of `twice` in COMPUTE, its rows now what of z there is room for in one number, and the rest."""
+    row = tl.arange(0, NARROW)[:, None]
+    high = z.to(COMPUTE).to(tl.float32)
+    return tl.where(row == 0, high, tl.where(row == 1, z - high, 0.0)).to(COMPUTE)
 
 
 @triton.jit
 def narrow_rows(x, COMPUTE: tl.constexpr):
-    """[NARROW, N] in COMPUTE, whose rows sum to the vector x [N] nearly as accurately as fp32."""
-    row = tl.arange(0, NARROW)[:, None]
-    high = x.to(COMPUTE)
-    low = (x - high.to(tl.float32)).to(COMPUTE)
-    return tl.where(row == 0, high[None, :], tl.where(row == 1, low[None, :], 0.0)).to(COMPUTE)
+    """[NARROW, N] in COMPUTE, whose rows sum to the vector x [N] nearly as accurately as in fp32."""
+    return pieces(twice(x), COMPUTE)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launcher import Launcher
+from attnzoo.ops.launcher import Launcher, Recording
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, ends_of
 
@@ -62,7 +62,7 @@ def section_of(x: Arguments, pattern: Pattern) -> int:
     return x.group * max(n for n in range(1, min(fits, batch * heads) + 1) if batch * heads % n == 0)
 
 
-def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor) -> None:
+def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording: Recording | None = None) -> None:
     """Fill `out` `[B, Hq, Sq, Dv]`, contiguous rows, and `lse` `[B, Hq, Sq]`; rows of no document stay as they are."""
     batch, heads, q_len, dim = x.q.shape
     block = 64 if dim <= 64 else 128
@@ -99,7 +99,10 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor) -> None:
         "RIGHT": pattern.right,
     }
     grid = min(pieces, num_multiprocessors(x.q.device.index))
-    _launcher("forward")((grid,), arguments, constants, num_warps=4)
+    if recording is None:
+        _launcher("forward")((grid,), arguments, constants, num_warps=4)
+    else:
+        _launcher("forward").recorded(recording, (grid,), arguments, constants, num_warps=4)
 
 
 @lru_cache(maxsize=2)

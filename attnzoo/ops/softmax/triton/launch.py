@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnzoo.ops.launcher import Launcher
-from attnzoo.ops.launching import capability, interpreted
-from attnzoo.ops.softmax.triton import config, hopper_launch
+from attnzoo.masks import Causal, Dilated, Full, SlidingWindow
+from attnzoo.ops.launcher import Launcher, Recording
+from attnzoo.ops.launching import interpreted
+from attnzoo.ops.softmax.triton import config, handed, hopper_launch
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.config import Tiles
 from attnzoo.ops.softmax.triton.documents import clear_tail_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
+from attnzoo.ops.softmax.triton.handed import empty_as
 from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
 from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
 from attnzoo.ops.softmax.triton.shapes import (
     Arguments,
-    Pattern,
-    ends_of,
-    head_blocks,
-    least_columns,
     pattern_of,
     precision,
     size_of,
@@ -36,37 +35,47 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Sq, Dv]`, laid out in memory as q is, and logsumexp `[B, Hq, Sq]` in fp32."""
     out = empty_as(x.q, x.v.shape[-1])
     lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
+    tensors = (x.q, x.k, x.v, out, lse, x.sinks)
+    key = None if tiles is not None else _key(x)
+    if key is not None:
+        known = _RECORDED.get(key)
+        if known is not None and known.replay(tensors):
+            return out, lse
+    with _recorded(key, tensors) as recording:
+        _forward(x, out, lse, tiles, recording)
+    return out, lse
+
+
+def _forward(x: Arguments, out: Tensor, lse: Tensor, tiles: Tiles | None, recording: Recording | None) -> None:
     if x.cu_q is not None:  # rows past the last document belong to no program
         _clear_tail(out, x.cu_q)
         lse.fill_(-math.inf)
     if out.numel() == 0:
-        return out, lse
-    x = _with_plain_rows(x)
+        return
+    x = handed.with_plain_rows(x)
     pattern = pattern_of(x)
     if tiles is None and hopper_launch.takes(x, pattern):
-        hopper_launch.forward(x, pattern, out, lse)
-        return out, lse
-    tiles = tiles or config.forward_tiles(size_of(x, pattern, _capability(x)))
-    each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
+        return hopper_launch.forward(x, pattern, out, lse, recording)
+    tiles = tiles or config.forward_tiles(size_of(x, pattern, handed.capability(x)))
+    each = handed.tiles_each(x, pattern, x.q.shape[2], tiles.m)
     plain = x.softcap is None and x.bias is None and x.slopes is None and x.scale > 0
     # e^60 and e^-60, and sums of millions of them, are far from what fp32 and bf16 can hold.
     bounded = x.softcap is not None and x.softcap <= 60 and x.q.dtype != torch.float16
     bounded = bounded and x.bias is None and x.slopes is None
-    constants = _constants(x, pattern, tiles)
-    copied = _copied_keys(x, tiles, pattern, constants)
+    constants = handed.constants(x, pattern, tiles)
+    copied = handed.copied_keys(x, tiles, pattern, constants)
     arguments = (
         *(x.q, x.k, x.v, out, lse, x.sinks),
-        *_options(x),
+        *handed.options(x),
         *copied,
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out) for stride in t.stride()[:3]),
-        *_option_strides(x),
-        *_numbers(x, pattern, each),
+        *handed.option_strides(x),
+        *handed.numbers(x, pattern, each),
     )
-    constants |= {"PLAIN": plain, "BOUNDED": bounded, "ENDS": _ends(x, pattern, copied)}
-    _launch(forward_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles)
-    return out, lse
+    constants |= {"PLAIN": plain, "BOUNDED": bounded, "ENDS": handed.ends(x, pattern, copied)}
+    _launch(forward_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles, recording)
 
 
 def backward(
@@ -79,57 +88,82 @@ def backward(
     rows = lse.shape[2] if x.cu_q is None else lse.shape[2] + 4 * x.cu_q.shape[0]  # see `statistics_start`
     rows = -(-rows // 128) * 128  # padded, so that the copy engine takes them
     lse2, delta = (lse.new_empty(*lse.shape[:2], rows) for _ in range(2))  # rows of d_out times out, less d_lse
+    tensors = (x.q, x.k, x.v, out, d_out, lse, d_lse, lse2, delta, d_q, d_k, d_v)
+    key = _key(x, out, d_out, d_lse)
+    known = None if key is None else _RECORDED.get(key)
+    if known is None or not known.replay(tensors):
+        with _recorded(key, tensors) as recording:
+            _backward(x, *tensors[3:], recording)
+    rows = rows if x.cu_q is not None else lse.shape[2]
+    return d_q, d_k, d_v, lse2[..., :rows], delta[..., :rows]
+
+
+def _backward(
+    x: Arguments,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    d_lse: Tensor | None,
+    lse2: Tensor,
+    delta: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    recording: Recording | None,
+) -> None:
     if x.cu_q is not None:
         for t, boundaries in ((d_q, x.cu_q), (d_k, x.cu_k), (d_v, x.cu_k)):
             _clear_tail(t, boundaries)
         delta.zero_()
         lse2.fill_(math.inf)
     if d_q.numel() == 0 or d_k.numel() == 0:
-        return d_q.zero_(), d_k.zero_(), d_v.zero_(), torch.full_like(lse, math.inf), torch.zeros_like(lse)
-    x = _with_plain_rows(x)
-    d_out = _plain_rows(d_out)
+        for t in (d_q, d_k, d_v, delta):
+            t.zero_()
+        lse2.fill_(math.inf)
+        return
+    x = handed.with_plain_rows(x)
+    d_out = handed.plain_rows(d_out)
     pattern = pattern_of(x)
-    size = size_of(x, pattern, _capability(x))
+    size = size_of(x, pattern, handed.capability(x))
     tiles, key_tiles = config.query_gradient_tiles(size), config.key_gradient_tiles(size)
-    constants, key_constants = _constants(x, pattern, tiles), _constants(x, pattern, key_tiles)
-    copied = _copied_keys(x, tiles, pattern, constants)
+    constants, key_constants = handed.constants(x, pattern, tiles), handed.constants(x, pattern, key_tiles)
+    rows = lse2.stride(1)
+    copied = handed.copied_keys(x, tiles, pattern, constants)
     copied_queries = (
-        _descriptor(x.q, key_tiles.m, constants["BLOCK_D"], pattern),
-        _descriptor(d_out, key_tiles.m, constants["BLOCK_DV"], pattern),
-        _row_descriptor(lse2, key_tiles.m, pattern),
-        _row_descriptor(delta, key_tiles.m, pattern),
+        handed.descriptor(x.q, key_tiles.m, constants["BLOCK_D"], pattern),
+        handed.descriptor(d_out, key_tiles.m, constants["BLOCK_DV"], pattern),
+        handed.row_descriptor(lse2, key_tiles.m, pattern),
+        handed.row_descriptor(delta, key_tiles.m, pattern),
     )
-    ends = _ends(x, pattern, (*copied, *copied_queries))
-    each = _tiles_each(x, pattern, x.q.shape[2], tiles.m)
+    ends = handed.ends(x, pattern, (*copied, *copied_queries))
+    each = handed.tiles_each(x, pattern, x.q.shape[2], tiles.m)
     arguments: tuple[Any, ...] = (
         *(x.q, x.k, x.v, out, d_out, lse, d_lse, lse2, delta, d_q),
-        *_options(x),
+        *handed.options(x),
         *copied,
         pattern.tables,
         *walk_of(x, pattern, tiles, by_keys=False),
         *(stride for t in (x.q, x.k, x.v, out, d_out, d_q) for stride in t.stride()[:3]),
         rows,
-        *_option_strides(x),
-        *_numbers(x, pattern, each),
+        *handed.option_strides(x),
+        *handed.numbers(x, pattern, each),
     )
     constants["ENDS"] = ends
-    _launch(query_gradient_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles)
-    each = _tiles_each(x, pattern, x.k.shape[2], key_tiles.n)
+    _launch(query_gradient_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles, recording)
+    each = handed.tiles_each(x, pattern, x.k.shape[2], key_tiles.n)
     arguments = (
         *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
-        *_options(x),
+        *handed.options(x),
         *copied_queries,
         pattern.tables,
         *walk_of(x, pattern, key_tiles, by_keys=True),
         *(stride for t in (x.q, x.k, x.v, d_out, d_k, d_v) for stride in t.stride()[:3]),
         rows,
-        *_option_strides(x),
-        *_numbers(x, pattern, each),
+        *handed.option_strides(x),
+        *handed.numbers(x, pattern, each),
     )
     key_constants |= {"ENDS": ends, "PARTIAL_STAGES": 1}  # registers are short there
-    _launch(key_gradient_kernel, each * x.k.shape[0] * x.k.shape[1], arguments, key_constants, key_tiles)
-    rows = rows if x.cu_q is not None else lse.shape[2]
-    return d_q, d_k, d_v, lse2[..., :rows], delta[..., :rows]
+    _launch(key_gradient_kernel, each * x.k.shape[0] * x.k.shape[1], arguments, key_constants, key_tiles, recording)
 
 
 def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape: torch.Size) -> Tensor:
@@ -139,22 +173,22 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     """
     assert x.bias is not None
     dtype = x.bias.dtype
-    x = _with_plain_rows(x)
-    d_out = _plain_rows(d_out)
+    x = handed.with_plain_rows(x)
+    d_out = handed.plain_rows(d_out)
     own = (1,) * (4 - len(shape)) + tuple(shape)
     d_bias = torch.empty(*own[:2], x.q.shape[2], x.k.shape[2], dtype=torch.float32, device=x.q.device)
     if d_bias.numel() == 0 or x.q.shape[0] == 0:
         return d_bias.zero_().sum_to_size(own).reshape(shape).to(dtype)
     pattern = pattern_of(x, split=False)
-    tiles = config.bias_gradient_tiles(size_of(x, pattern, _capability(x)))
-    constants = _constants(x, pattern, tiles)
+    tiles = config.bias_gradient_tiles(size_of(x, pattern, handed.capability(x)))
+    constants = handed.constants(x, pattern, tiles)
     grid = own[0] * own[1] * -(-x.q.shape[2] // tiles.m) * -(-x.k.shape[2] // tiles.n)
     arguments = (
         *(x.q, x.k, x.v, d_out, lse, delta, d_bias),
         *(x.slopes, x.bias, x.dense, x.key_lengths, pattern.tables, x.seed),
         *(stride for t in (x.q, x.k, x.v, d_out) for stride in t.stride()[:3]),
         delta.stride(1),
-        *_option_strides(x),
+        *handed.option_strides(x),
         *(x.q.shape[0], x.q.shape[1], own[0], own[1], x.q.shape[2], x.k.shape[2], pattern.window, pattern.ahead),
         *(x.scale, x.softcap, x.dropout_p),
     )
@@ -167,17 +201,47 @@ def _launcher(kernel: Any) -> Launcher:
     return Launcher(kernel)
 
 
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles) -> None:
-    _launcher(kernel)((programs,), arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+def _launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    tiles: Tiles,
+    recording: Recording | None = None,
+) -> None:
+    launcher, options = _launcher(kernel), {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if recording is None:
+        launcher((programs,), arguments, constants, **options)
+    else:
+        launcher.recorded(recording, (programs,), arguments, constants, **options)
 
 
-def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
-    """An uninitialised `[B, H, S, dim]` whose heads lie inside or outside its rows as those of `t` do."""
-    batch, heads, length, own = t.shape
-    dim = own if dim is None else dim
-    if t.stride(1) < t.stride(2):
-        return t.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return t.new_empty(batch, heads, length, dim)
+_RECORDED: dict[tuple[Any, ...], Recording] = {}
+
+
+def _key(x: Arguments, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """What the launches of a call depend on, with q, k, v, sinks and the `others` as its only tensors; None for calls
+    with more of them, or off the current GPU."""
+    if x.q.device.type != "cuda" or x.q.device.index != torch.cuda.current_device() or interpreted():
+        return None
+    options = (x.bias, x.slopes, x.dense, x.key_lengths, x.cu_q, x.seed)
+    if any(t is not None for t in options) or not isinstance(x.mask, Full | Causal | SlidingWindow | Dilated):
+        return None
+    tensors = (x.q, x.k, x.v, x.sinks, *others)
+    kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+    numbers = (x.mask.text, x.scale, x.softcap, x.dropout_p, precision(x.q.dtype), x.q.device.index)
+    return (*kinds, *numbers, len(others), hopper_launch.ENABLED)
+
+
+@contextmanager
+def _recorded(key: tuple[Any, ...] | None, tensors: tuple[Tensor | None, ...]) -> Iterator[Recording | None]:
+    """What takes down the launches inside, and keeps them under the key once all were made."""
+    recording = None if key is None else Recording(tensors)
+    yield recording
+    if key is not None and recording is not None:
+        if len(_RECORDED) >= 1024:  # lengths that never come back would fill the memory
+            _RECORDED.clear()
+        _RECORDED[key] = recording
 
 
 def _clear_tail(t: Tensor, boundaries: Tensor | None) -> None:
@@ -189,101 +253,3 @@ def _clear_tail(t: Tensor, boundaries: Tensor | None) -> None:
         arguments = (t, boundaries, boundaries.shape[0] - 1, length, t.stride(1), t.stride(2))
         known = {"DIM": dim, "ROWS": 64, "COLUMNS": 1 << (dim - 1).bit_length()}
         _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
-
-
-def _plain_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _with_plain_rows(x: Arguments) -> Arguments:
-    return x._replace(q=_plain_rows(x.q), k=_plain_rows(x.k), v=_plain_rows(x.v))
-
-
-def _capability(x: Arguments) -> tuple[int, int]:
-    return capability(x.q.device.index) if x.q.device.type == "cuda" else (8, 0)
-
-
-def _tiles_each(x: Arguments, pattern: Pattern, length: int, block: int) -> int:
-    """Programs for each head: an upper bound for documents, whose lengths are only known on the device."""
-    if x.cu_q is not None:
-        return -(-length // block) + x.cu_q.shape[0] - 1
-    rows = -(-length // pattern.step)
-    return pattern.step * -(-rows // block)
-
-
-def _options(x: Arguments) -> tuple[Tensor | None, ...]:
-    return (x.slopes, x.bias, x.dense, x.key_lengths, x.cu_q, x.cu_k, x.seed)
-
-
-def _descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorDescriptor | None:
-    """`t` in tiles for the copy engine of Hopper and later; None if it cannot take them."""
-    if (
-        not (interpreted() or capability(t.device.index) >= (9, 0))
-        or pattern.step > 1
-        or columns > 256
-        or t.numel() == 0
-    ):
-        return None
-    batch, heads, length, dim = t.shape
-    size = t.element_size()
-    # The stride of a dimension of one is never used, so that it may be any number.
-    strides = [n if many > 1 else length * dim for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
-    if t.data_ptr() % 16 or any(n == 0 or n * size % 16 for n in strides):
-        return None
-    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns])
-
-
-def _copied_keys(x: Arguments, tiles: Tiles, pattern: Pattern, constants: dict[str, Any]) -> tuple[Any, Any]:
-    """Descriptors of k and v."""
-    return (
-        _descriptor(x.k, tiles.n, constants["BLOCK_D"], pattern),
-        _descriptor(x.v, tiles.n, constants["BLOCK_DV"], pattern),
-    )
-
-
-def _ends(x: Arguments, pattern: Pattern, copied: tuple[TensorDescriptor | None, ...]) -> int:
-    return 0 if None in copied else ends_of(x, pattern)
-
-
-def _row_descriptor(t: Tensor, rows: int, pattern: Pattern) -> TensorDescriptor | None:
-    """The same for one number a row, `[B, Hq, padded]`."""
-    if not (interpreted() or capability(t.device.index) >= (9, 0)) or pattern.step > 1:
-        return None
-    return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.stride(1), 1], [1, rows])
-
-
-def _option_strides(x: Arguments) -> tuple[int, ...]:
-    bias, dense = ((0, 0, 0, 0) if t is None else t.stride() for t in (x.bias, x.dense))
-    slopes = x.slopes.stride(0) if x.slopes is not None and x.slopes.dim() == 2 else 0
-    return (*bias, *dense, slopes)
-
-
-def _numbers(x: Arguments, pattern: Pattern, each: int) -> tuple[Any, ...]:
-    documents = 1 if x.cu_q is None else x.cu_q.shape[0] - 1
-    lengths = (x.q.shape[1], x.q.shape[2], x.k.shape[2], each, documents, pattern.window, pattern.ahead)
-    return (*lengths, x.scale, x.softcap, x.dropout_p)
-
-
-def _constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
-    dim, v_dim = x.q.shape[-1], x.v.shape[-1]
-    least = least_columns(x, _capability(x))
-    block, extra = head_blocks(dim, least)
-    whole, rest = head_blocks(v_dim, least)
-    return {
-        "GROUP": x.group,
-        "D": dim,
-        "DV": v_dim,
-        "BLOCK_M": tiles.m,
-        "BLOCK_N": tiles.n,
-        "BLOCK_D": block,
-        "BLOCK_E": extra,
-        "BLOCK_DV": whole if rest == 0 else 2 * whole,  # values are not split
-        "DOCUMENTS": 0 if x.cu_q is None else 1 << (x.cu_q.shape[0] - 2).bit_length(),
-        "STEP": pattern.step,
-        "LEFT": pattern.left,
-        "RIGHT": pattern.right,
-        "PROGRAM": pattern.program,
-        "PARTIAL_STAGES": 2,
-        "PRECISION": precision(x.q.dtype),
-        "FAST": x.q.dtype == torch.bfloat16 and not interpreted(),
-    }

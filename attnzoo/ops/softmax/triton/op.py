@@ -13,7 +13,7 @@ from attnzoo.masks import Full
 from attnzoo.ops.launching import is_plain
 from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import launch
-from attnzoo.ops.softmax.triton.launch import empty_as
+from attnzoo.ops.softmax.triton.handed import empty_as
 from attnzoo.ops.softmax.triton.shapes import Arguments
 from attnzoo.ops.softmax.triton.vmap import backward_rule, forward_rule
 
