@@ -138,7 +138,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="patterns of names of arms, as 'svd*'; the others wait")
     parser.add_argument("--list", action="store_true", help="show the arms and run nothing")
     parser.add_argument("--draw", action="store_true", help="draw the figures from results.json alone")
-    return parser.parse_args(given)
+    return parser.parse_intermixed_args(given)
 
 
 if __name__ == "__main__":
