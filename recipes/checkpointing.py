@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: nothing is wrong, a resume goes on
 INTERRUPTED = 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler that wants its machine back
+# Ctrl-C; a scheduler that wants its machine back. SIGUSR2 belongs to submitit, and stops a run that it started.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SafetensorsIO(CheckpointIO):
@@ -66,7 +68,7 @@ class Checkpoints(Callback):
         self.every_n_minutes = every_n_minutes
         self.stopped_by: int | None = None  # number of the signal
         self._saved_at = time.monotonic()
-        self._before: dict[int, Any] = {}  # handlers
+        self._before: dict[int | None, Any] = {}  # handlers
 
     @property
     def exit_code(self) -> int:
@@ -78,17 +80,26 @@ class Checkpoints(Callback):
             return 0
         return INTERRUPTED if self.stopped_by == signal.SIGINT else TRY_AGAIN
 
+    def leave(self) -> NoReturn:
+        """Ends a process that was stopped; a handler that was there runs first: submitit's queues the job again."""
+        handler = self._before.get(self.stopped_by)
+        if callable(handler) and self.stopped_by != signal.SIGINT:
+            handler(self.stopped_by, None)
+        sys.exit(self.exit_code)
+
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         # Before Lightning has handlers of its own, which `teardown` would bring back when they are gone.
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._before = {number: handler for number, handler in handlers.items() if handler is not None}
+        if not callable(self._before[signal.SIGUSR2]):
+            del self._before[signal.SIGUSR2]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             for left_over in self.folder.glob(".step_*"):  # by a kill while saving or removing
                 shutil.rmtree(left_over)
-        for number in SIGNALS:
+        for number in self._before:
             signal.signal(number, self._stop)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -100,8 +111,8 @@ class Checkpoints(Callback):
             self._save(trainer, step)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _is_due(self, step: int) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60

@@ -6,7 +6,6 @@ The whole main job, from top to bottom in `uptrain`. Every field is explained in
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -236,7 +235,7 @@ def train(
     trainer.fit(module, datamodule=windows, ckpt_path=resumed)
     if checkpoints.stopped_by is not None and trainer.global_step < steps:
         log.warning("stopped after step %d; resume=%s goes on from there", trainer.global_step, run.path)
-        sys.exit(checkpoints.exit_code)
+        checkpoints.leave()
     return trained_model(trainer, model), validation.curve
 
 

@@ -163,6 +163,26 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tiny, tmp_path, 
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000002"]
 
 
+def test_a_handler_that_was_there_runs_after_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """As submitit's, which queues the job again."""
+    run, seen = RunFolder(tmp_path / "run"), []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: seen.append([p.name for p in run.checkpoints.iterdir()]))
+
+    def signalled(self, model, *rest, original=Objective.__call__):
+        if model.training:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return original(self, model, *rest)
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exited:
+            patch.setattr(Objective, "__call__", signalled)
+            uptrain(tiny.config("max_steps=4", "validation.every_n_steps=4"), run)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert exited.value.code == 75
+    assert seen[-1] == ["step_00000001"]
+
+
 def test_a_stop_whose_checkpoint_fails_says_what_is_left(tiny, tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
 

@@ -1,6 +1,7 @@
-"""Runs of several processes, as torchrun starts them, that are killed or signalled where a test wants it."""
+"""Runs of several processes, as torchrun or srun start them, that get a signal where a test wants it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,29 +25,44 @@ sys.exit(main(["uptrain", *sys.argv[1:]]))
 """
 
 
-def torchrun(
-    folder: Path,
-    *overrides: str,
-    processes: int = 2,
-    step: int | None = None,
-    number: int = 0,
-    ranks: tuple[int, ...] = (0, 1),
-) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m attnzoo.cli uptrain overrides` in `folder`; after `step`, before its checkpoint, `ranks` get signal
-    `number`."""
-    script = folder / "uptrain.py"
-    script.write_text(SCRIPT.format(step=step, number=int(number), ranks=ranks), encoding="utf-8")
+def torchrun(folder: Path, *overrides: str, processes: int = 2, **signalled) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m attnzoo.cli uptrain overrides` in `folder`; see `_script` for what else can be asked."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    try:
-        return subprocess.run(
-            [*command, str(script), *overrides],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
+    command += [str(_script(folder, **signalled)), *overrides]
+    return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=240)
+
+
+def srun(folder: Path, *overrides: str, processes: int = 2, **signalled) -> list[tuple[int, str]]:
+    """The same as `srun` of SLURM would start it on one machine; exit code and output of each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": processes, "NTASKS_PER_NODE": processes, "NNODES": 1}
+    common |= {"NODEID": 0, "NODELIST": "127.0.0.1"}
+    script, started = _script(folder, **signalled), []
+    for rank in range(processes):
+        variables = {f"SLURM_{name}": str(v) for name, v in {**common, "PROCID": rank, "LOCALID": rank}.items()}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *overrides],
+                cwd=folder,
+                env={**_environment(), **variables, "MASTER_PORT": str(port)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
-    finally:
-        script.unlink()
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+def _script(folder: Path, *, step: int | None = None, number: int = 0, ranks: tuple[int, ...] = (0, 1)) -> Path:
+    """Gives `ranks` the signal `number` after `step`, before its checkpoint."""
+    script = folder.parent / f"{folder.name}_uptrain.py"
+    script.write_text(SCRIPT.format(step=step, number=int(number), ranks=ranks), encoding="utf-8")
+    return script
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
