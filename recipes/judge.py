@@ -65,7 +65,7 @@ class Judge:
                 name=name,
                 speed=self.config.speed,
                 prompt_tokens=how.prompt_tokens,
-                decode=None if name == "converted" else how.decode,  # its speed is that of the uptrained model
+                decode=None if name == "uptrained" else how.decode,  # it is as fast as the converted one
                 tokenizer=self.tokenizer,
                 prompts=how.prompts,
                 sample_tokens=how.sample_tokens,

@@ -127,8 +127,8 @@ def compare(results: Results) -> Figure:
         colour = COLOURS[number % len(COLOURS)]
         _curve(left, run, run["name"], colour, False)
         last = run["evaluations"][-1]
-        for axes, value in ((middle, last["kv_bytes_per_token"]), (right, last["batch_decode_tokens_per_s"])):
-            if value is not None:
+        for axes, value in ((middle, last["kv_bytes_per_token"]), (right, _decoding(run))):
+            if value:
                 axes.plot([value], [last["cross_entropy"]], "o", color=colour, markersize=8)
                 axes.annotate(
                     run["name"],
@@ -209,8 +209,14 @@ def _at(runs: Sequence[Run], at: int) -> list[float]:
     return [run["curve"][at]["cross_entropy"] for run in runs]
 
 
+def _decoding(run: Run) -> float | None:
+    """Tokens/s of the model as it was converted, or of the original where nothing was."""
+    rates = [one["batch_decode_tokens_per_s"] for one in run["evaluations"]]
+    return next((rate for rate in reversed(rates) if rate), None)
+
+
 def _microseconds(runs: Sequence[Run]) -> list[float]:
-    rates = [run["evaluations"][-1]["batch_decode_tokens_per_s"] for run in runs]
+    rates = [_decoding(run) for run in runs]
     return [1e6 / rate for rate in rates if rate]
 
 
