@@ -100,11 +100,15 @@ class Uptraining(LightningModule):
         return adamw(parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def on_fit_start(self) -> None:
+        strategy = self.trainer.strategy
         for objective in self.objectives:
             if objective is not None and objective.teacher is not None:
-                objective.teacher.to(self.device)
+                if isinstance(strategy, Sharded):
+                    strategy.place_teacher(objective.teacher.model)
+                else:
+                    objective.teacher.to(self.device)
                 if objective.layers is not None:
-                    batches = (self.trainer.strategy.batch_to_device(batch) for batch in self._probe())
+                    batches = (strategy.batch_to_device(batch) for batch in self._probe())
                     objective.layers.measure(objective.teacher, batches)
 
     def training_step(self, window: list[Batch], index: int) -> None:

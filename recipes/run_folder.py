@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "trainer.progress_bar",
     "trainer.strategy",
     "trainer.reshard_after_forward",
+    "trainer.shard_teacher",
     "trainer.gradient_checkpointing",
     "speed",
     "common",

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from recipes import parallel
 from recipes.checkpoint_files import Stored, in_all, load_whole, over_tensors, read_checkpoint, write_checkpoint
+from recipes.packed import TAKES_BOUNDARIES
 
 
 class Everyone:
@@ -47,15 +48,19 @@ class Sharded(ModelParallelStrategy):
         mixed: compute in bf16, and add gradients up over the processes in fp32; else all in the weights' dtype.
         reshard_after_forward: a layer gives its gathered weights back after its forward pass, and gathers them again
             for the backward; else it keeps them until then: more memory, less traffic.
+        shard_teacher: the teacher is shared out too; else every process holds all of it.
         process_group_backend: of torch.distributed.
     """
 
     lightning_restore_optimizer = True  # type: ignore[assignment]  # by load_optimizer_state_dict, as everywhere
 
-    def __init__(self, *, mixed: bool, reshard_after_forward: bool, process_group_backend: str) -> None:
+    def __init__(
+        self, *, mixed: bool, reshard_after_forward: bool, shard_teacher: bool, process_group_backend: str
+    ) -> None:
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend)
         self.mixed = mixed
         self.reshard_after_forward = reshard_after_forward
+        self.shard_teacher = shard_teacher
         self.whole: Whole | None = None
         self._skeleton: nn.Module | None = None
 
@@ -65,9 +70,19 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, model: nn.Module) -> None:
-        """Cuts `model` up, in place; Lightning's `configure_model` calls this."""
+        """Cuts `model` up, in place; Lightning's `configure_model` calls this.
+
+        Raises:
+            ValueError: for an attention implementation that reads one document after the other: the processes have
+                different numbers of documents, and gather each layer's weights together.
+        """
+        attention = getattr(model.config, "_attn_implementation", None)
+        if attention not in TAKES_BOUNDARIES:
+            raise ValueError(
+                f"trainer.strategy=fsdp needs an attention that takes packed documents; model.attn_implementation is "
+                f"{attention!r}, allowed are {', '.join(sorted(TAKES_BOUNDARIES))}"
+            )
         self._skeleton = without_weights(model)
-        model.to(self.root_device)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self.mixed else None,
             reduce_dtype=torch.float32 if self.mixed else None,
@@ -82,6 +97,15 @@ class Sharded(ModelParallelStrategy):
             fully_shard(layer, **settings)
         self.whole = Whole(model)
         fully_shard(self.whole, **settings | {"reshard_after_forward": False})
+
+    def place_teacher(self, model: nn.Module) -> None:
+        """Brings a frozen model to this process's device, whole or its part of it, in its own dtype."""
+        if not self.shard_teacher:
+            model.to(self.root_device)
+        elif not isinstance(model, FSDPModule):
+            for layer in decoder_layers(model):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(model, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)` while the weights outside the layers are gathered."""

@@ -77,6 +77,7 @@ def build_strategy(config: Mapping[str, Any]) -> Strategy | str:
         return Sharded(
             mixed=config["precision"] == "bf16-mixed",
             reshard_after_forward=config.get("reshard_after_forward", True),
+            shard_teacher=config.get("shard_teacher", False),
             process_group_backend=backend,
         )
     return name

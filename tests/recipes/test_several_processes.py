@@ -84,6 +84,21 @@ def test_a_stream_on_two_processes_stops_for_a_signal_to_one_of_them_and_goes_on
     assert_close(run, one.path)
 
 
+def test_a_teacher_may_be_shared_out_beside_the_student(tiny, tmp_path):
+    distil = [*COMMON, "max_steps=3", "objective=kl"]
+    sharded = torchrun(
+        tmp_path,
+        *tiny.overrides,
+        *distil,
+        "trainer.strategy=fsdp",
+        "+trainer.shard_teacher=true",
+        "hydra.run.dir=sharded",
+    )
+    assert sharded.returncode == 0, sharded.stderr
+    uptrain(tiny.config(*distil, "batch.accumulate=2"), RunFolder(tmp_path / "one"))
+    assert_close(tmp_path / "sharded", tmp_path / "one")
+
+
 def test_another_number_of_processes_keeps_the_sequences_of_a_step_or_is_refused(tiny, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.start(tiny.config("batch.size=2", "batch.accumulate=3", "trainer.devices=4"), seeds={})
