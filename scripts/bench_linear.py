@@ -27,6 +27,7 @@ from attnzoo.ops.linear import State
 SHAPES = ((8, 2048, 16, 128), (1, 16384, 16, 128), (4, 16384, 16, 64))  # batch, tokens, heads, dim
 SOFTMAX = ((32, 512), (16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384))  # batch, tokens: 16k in all
 STEP = (64, 32, 128)  # sequences, heads, dim
+HYBRID = ((8, 2048, 16, 128, 64), (1, 16384, 16, 128, 64), (4, 16384, 16, 64, 64))  # and the window
 MOST_ERROR = 0.01  # of a tensor, relative, against fp64
 
 
@@ -52,6 +53,8 @@ def measurements() -> Iterator[dict[str, Any]]:
     for shape in SHAPES:
         yield from chunks(*shape, copy=limit["gb_s"])
     yield from softmax()
+    for batch, length, heads, dim, window in HYBRID:
+        yield from hybrid(batch, length, heads, dim, window)
 
 
 def shown(value: Any) -> str:
@@ -139,10 +142,46 @@ def softmax() -> Iterator[dict[str, Any]]:
         yield {"case": f"{batch}x{length} H16 D128", "name": "softmax", "cudnn_ms": time_ms(cudnn), "linear_ms": ours}
 
 
+def hybrid(batch: int, length: int, heads: int, dim: int, window: int) -> Iterator[dict[str, Any]]:
+    """Softmax near and linear far: the fused kernels, and plain PyTorch in blocks where it has the memory."""
+    q, k, v = (random(batch, heads, length, dim).requires_grad_() for _ in range(3))
+    d_out = random(batch, heads, length, dim)
+    for backend in ("triton", "blocked"):
+        row: dict[str, Any] = {
+            "case": f"{batch}x{length} H{heads} D{dim}, window {window}",
+            "name": f"hybrid: {backend}",
+        }
+        try:
+            out = ops.hybrid_attention(q, k, v, window=window, backend=backend)
+            grads = torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+            row["error"] = hybrid_error((q, k, v), d_out, (out, *grads), window)
+            with torch.no_grad():
+                row["forward_ms"] = time_ms(lambda b=backend: ops.hybrid_attention(q, k, v, window=window, backend=b))
+            row["backward_ms"] = time_ms(
+                lambda out=out: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)  # type: ignore[misc]
+            )
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        yield row
+
+
+def hybrid_error(inputs: tuple[Tensor, ...], d_out: Tensor, got: tuple[Tensor, ...], window: int) -> float:
+    """The largest relative error of output and gradients on one head, of all tokens."""
+    exact = [t.detach()[:1, :1].double().requires_grad_() for t in inputs]
+    out = ops.hybrid_attention(*exact, window=window, backend="blocked")
+    grads = torch.autograd.grad(out, exact, d_out[:1, :1].double())
+    errors = [
+        ((have[:1, :1].double() - want).norm() / want.norm()).item()
+        for want, have in zip((out, *grads), got, strict=True)
+    ]
+    assert max(errors) < MOST_ERROR, errors
+    return max(errors)
+
+
 def steps(copy: float) -> Iterator[dict[str, Any]]:
-    """One token a sequence over its state, and sixteen."""
+    """One token a sequence over its state, four and sixteen."""
     batch, heads, dim = STEP
-    for tokens in (1, 16):
+    for tokens in (1, 4, 16):
         q, k, v = (random(batch, heads, tokens, dim) for _ in range(3))
         s, z = torch.randn(batch, heads, dim, dim, device="cuda"), torch.rand(batch, heads, dim, device="cuda") + 1
         for name, state in (("normalised", State(s, z)), ("raw", State(s, None))):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.launching import interpreted
 from attnzoo.ops.linear.api import linear_attention
 from attnzoo.ops.linear.checks import check_boundaries, check_dtypes, check_map, check_tensors
 from attnzoo.ops.linear.common import apply_map, inverse_or_zero
@@ -54,7 +55,8 @@ def hybrid_attention(
         scale: of the near scores; D ** -0.5 unless given.
         key_lengths: `[B]`; tokens from there on are padding, which give 0.
         cu_seqlens: boundaries `[N + 1]` of packed documents, with B == 1. Rows past the last give 0.
-        backend: "auto", "triton" (fused kernels; heads up to 128), "blocked" (plain PyTorch) or "reference" (S x S).
+        backend: "auto", "triton" (fused kernels, which auto takes on a GPU; heads up to 128), "blocked" (plain PyTorch)
+            or "reference" (S x S).
 
     Returns:
         `[B, Hq, S, Dv]` in the values' dtype.
@@ -78,10 +80,7 @@ def hybrid_attention(
     check_tensors(*features, v)
     check_dtypes(*features, v)
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            why = hybrid_reasons(q, features[0], v)
-            if why:
-                raise ValueError(f"no backend can run this call\ntriton: {'; '.join(why)}")
+        if _takes_kernels(q, features[0], v, backend):
             gain = q.new_ones(q.shape[1], dtype=torch.float32) if near_weight is None else near_weight
             factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
             late = min(window, q.shape[2])
@@ -89,6 +88,17 @@ def hybrid_attention(
                 q, k, v, *features, gain, key_lengths, cu_seqlens, late, feature_map, factor
             )[0]
         return _run(q, k, v, features, window, feature_map, near_weight, scale, key_lengths, cu_seqlens, backend)
+
+
+def _takes_kernels(q: Tensor, f_q: Tensor, v: Tensor, backend: str) -> bool:
+    """Whether the fused kernels run the call; a ValueError if they are named and cannot."""
+    on_gpu = q.device.type == "cuda" and not interpreted()  # kernels are the fast way, the interpreter never is
+    if backend != "triton" and (backend != "auto" or not on_gpu):
+        return False
+    why = hybrid_reasons(q, f_q, v)
+    if why and backend == "triton":
+        raise ValueError(f"no backend can run this call\ntriton: {'; '.join(why)}")
+    return not why
 
 
 def _run(
