@@ -6,8 +6,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.embeddings import UNTIE
 from recipes.export import EXPORT_DTYPES
+from recipes.lora import check_lora
 from recipes.models import DTYPES
 from recipes.optim import SCHEDULES
+from recipes.trained import PARTS
 
 # The numbers that the recipe itself takes: key, smallest value, whether null is allowed.
 LEAST = (
@@ -44,10 +46,24 @@ def check_config(config: DictConfig) -> None:
         _require(config, key, lambda v: v is None or (_is(v, int, float) and v > 0), "a number above 0 or null")
     for place in ("", *(f"stages.{name}." for name in config.stages or ())):
         _check_optimizer(config, f"{place}optimizer")
+        _check_train(config, f"{place}train")
+    if config.lora is not None:
+        check_lora(config.lora)
     devices = config.trainer.devices
     if not (_is(devices, int) and devices >= 1) and not (OmegaConf.is_list(devices) and devices):
         # "auto" would make the tokens of a step depend on the machine
         raise ValueError(f"trainer.devices must be a number of at least 1 or a list of devices, got {devices!r}")
+
+
+def _check_train(config: DictConfig, key: str) -> None:
+    train = OmegaConf.select(config, key)
+    if train is None and key != "train":
+        return  # the run's
+    patterns = OmegaConf.is_list(train) and train and all(isinstance(one, str) for one in train)
+    if not patterns and train not in PARTS:
+        raise ValueError(f"{key} must be one of {', '.join(PARTS)} or a list of patterns, got {train!r}")
+    if train == "lora" and config.lora is None:
+        raise ValueError(f"{key} is lora, and lora is null: there are no adapters to train")
 
 
 def _check_optimizer(config: DictConfig, place: str) -> None:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from recipes.attentions import attention_modules
 
 FIELDS = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}  # and what they are where a config leaves them out
+
+
+def check_lora(config: Mapping[str, Any]) -> None:
+    """ValueError for a field that there is not or a bad value, ImportError without peft."""
+    unknown = sorted(set(config) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"lora.{unknown[0]} is no field; allowed are {', '.join(FIELDS)}")
+    config = {**FIELDS, **config}
+    if not isinstance(config["rank"], int) or config["rank"] < 1:
+        raise ValueError(f"lora.rank must be a whole number of at least 1, got {config['rank']!r}")
+    if find_spec("peft") is None:
+        raise ImportError('lora needs peft: pip install "attnzoo[lora]"')
 
 
 def add_lora(model: PreTrainedModel, config: Mapping[str, Any], *, seed: int) -> None:
@@ -23,14 +37,11 @@ def add_lora(model: PreTrainedModel, config: Mapping[str, Any], *, seed: int) ->
         seed: of the adapters' weights.
 
     Raises:
-        ValueError: for an unknown field, a rank below 1, or targets that are nowhere.
+        ValueError: see `check_lora`; and for targets that are nowhere.
     """
-    import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    unknown = sorted(set(config) - set(FIELDS))
-    if unknown:
-        raise ValueError(f"lora.{unknown[0]} is no field; allowed are {', '.join(FIELDS)}")
+    check_lora(config)
     config = {**FIELDS, **config}
     names = list(config["targets"] or _attention_linears(model))
     made = LoraConfig(

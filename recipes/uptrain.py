@@ -215,6 +215,7 @@ def train(
         seed=config.seed,
         probe=lambda: probe(data, config.batch.seq_len),
     )
+    del objectives  # the module lets the teacher go when no stage needs it any more
     validation = Validation(
         data.val_domains,
         every_n_steps=config.validation.every_n_steps,
