@@ -3,9 +3,10 @@
     python scripts/bench_training.py [--cases smollm2 llama-1b] [--out docs/benchmarks/training_h200.json]
     torchrun --nproc-per-node 2 scripts/bench_training.py --contestants attnzoo [--out two_gpus.json]
 
-Models have random weights and see random tokens, every row of them one document, since that is what stock attention is
-fastest on. All start from the same weights and see the same tokens, and their losses and gradients have to agree. A
-step is forward, backward, clipping and AdamW; a time is the median over steps, taken on the device, of one GPU's rows.
+Models have random weights and see random tokens. Every row is one document, which is what stock attention is fastest
+on, or in the cases named `documents` several that do not see each other. All start from the same weights and see the
+same tokens, and their losses and gradients have to agree. A step is forward, backward, clipping and AdamW; a time is
+the median over steps, taken on the device, of one GPU's rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -20,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -35,7 +38,7 @@ from recipes.heads import head_of
 from recipes.losses import linear_cross_entropy
 from recipes.module import Uptraining
 from recipes.objectives import CE, Objective
-from recipes.packed import pack
+from recipes.packed import pack, shifted_labels
 from recipes.stages import Stage
 from recipes.trainer import build_trainer
 from recipes.windows import Windows
@@ -65,6 +68,9 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }
+for case in ("smollm2", "llama-1b"):
+    CASES[f"{case}-documents"] = CASES[case] | {"documents": CASES[case]["length"] // 3}  # their mean length
+
 CONTESTANTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "attnzoo")
 
 
@@ -150,9 +156,9 @@ class Measured:
 def plain_loop(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -> Measured:
     """What one would write by hand: the model's logits, `F.cross_entropy`, autocast and AdamW."""
 
-    def loss(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    def loss(inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        logits = model(**inputs, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets)
 
     return loop(model, case, loss)
 
@@ -162,25 +168,26 @@ def recipe_loop(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -
     head = head_of(model)
     compile_model(model, compile, device=DEVICE)
 
-    def loss(ids: Tensor) -> Tensor:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    def loss(inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         return linear_cross_entropy(hidden.flatten(0, 1), targets=targets, **head._asdict()) / (targets != -100).sum()
 
     return loop(model, case, loss)
 
 
-def loop(model: PreTrainedModel, case: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> Measured:
+def loop(
+    model: PreTrainedModel, case: Mapping[str, Any], loss_of: Callable[[dict[str, Tensor], Tensor], Tensor]
+) -> Measured:
     """Trains without ever waiting for the device; all tokens lie there."""
     measured, numbers = Measured(), []
-    batches = [ids.to(DEVICE) for ids in tokens_of(case)]
+    batches = [rows_of(case, pieces) for pieces in pieces_of(case)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, fused=True, **OPTIMIZER)
-    for ids in batches:
+    for batch in batches:
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = loss_of(ids)
+            loss = loss_of(*batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -219,7 +226,7 @@ def with_trainer(model: PreTrainedModel, case: Mapping[str, Any], compile: str) 
         callbacks=[Watch()],
         loggers=[Keep()],
     )
-    batches = [pack(list(ids.numpy())) for ids in tokens_of(case)]
+    batches = [pack(pieces) for pieces in pieces_of(case)]
     trainer.fit(module, train_dataloaders=Windows(_Loader(batches), steps=STEPS, pin=DEVICE == "cuda"))
     return measured
 
@@ -249,12 +256,28 @@ def build(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
     return model.train()
 
 
-def tokens_of(case: Mapping[str, Any]) -> Iterator[Tensor]:
-    """`[rows, length]` of each step, on the CPU; small ids are frequent, so that there is something to learn."""
-    draw = torch.Generator().manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+def pieces_of(case: Mapping[str, Any]) -> Iterator[list[np.ndarray]]:
+    """The documents of each step, row by row; small ids are frequent, so that there is something to learn."""
+    draw = np.random.default_rng(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
     for _ in range(STEPS):
-        uniform = torch.rand(case["rows"], case["length"], generator=draw, dtype=torch.float64)
-        yield (uniform**3 * case["model"]["vocab_size"]).long()
+        pieces = []
+        for _ in range(case["rows"]):
+            ids = (draw.random(case["length"]) ** 3 * case["model"]["vocab_size"]).astype(np.int64)
+            cuts = draw.random(case["length"] - 1) < 1 / case.get("documents", math.inf)
+            pieces += np.split(ids, np.flatnonzero(cuts) + 1)
+        yield pieces
+
+
+def rows_of(case: Mapping[str, Any], pieces: list[np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:
+    """The same as rows `[rows, length]` on the device, and the targets `[rows * length]`.
+
+    Positions, by which transformers tells documents apart, are given only where there are several in a row.
+    """
+    packed = {name: t.to(DEVICE) for name, t in pack(pieces).items()}
+    inputs = {"input_ids": packed["input_ids"].view(case["rows"], -1)}
+    if "documents" in case:
+        inputs["position_ids"] = packed["position_ids"].view(case["rows"], -1)
+    return inputs, shifted_labels(packed)
 
 
 def moment() -> Any:
