@@ -180,9 +180,16 @@ def test_strides_may_be_any_and_the_output_takes_the_layout_of_the_queries() -> 
     assert torch.equal(ops.linear_attention(*across, backend="triton"), want)
 
 
+@pytest.mark.parametrize("sizes", [(16, 16), (40, 72)])
+def test_chunks_without_padding_need_no_masks(sizes: tuple[int, int]) -> None:
+    compare(draw((2, 1), 64, 64, *sizes), None, torch.float32)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> None:
-    exact = [t.to(dtype).requires_grad_() for t in draw((2, 1), 67, 67, 16, 24)]
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, mean: float) -> None:
+    q, k, v = draw((2, 1), 67, 67, 16, 24)
+    exact = [t.to(dtype).requires_grad_() for t in (q, k, v + mean)]
     wide = [t.detach().double().requires_grad_() for t in exact]
     own = [t.detach().requires_grad_() for t in exact]
     truth = ops.linear_attention(*wide, backend="reference")
