@@ -66,9 +66,11 @@ def is_plain(x: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
 
 
-@torch.compiler.assume_constant_result
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device, the current one for None."""
+    if torch.compiler.is_compiling():  # which knows what a device's properties are, and warns of caches
+        properties = torch.cuda.get_device_properties(index)
+        return properties.major, properties.minor
     return _capability(index)
 
 
