@@ -98,7 +98,10 @@ def test_one_kernel_writes_what_plain_operations_do(kind, latent, dtype, monkeyp
         pairs = list(zip(getattr(held[True], one), getattr(held[False], one), strict=True))
         pairs += [] if held[True].recent is None else [(getattr(half.recent, one)[0] for half in held.values())]
         for got, want in pairs:
-            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            # PyTorch divides by 127 through its reciprocal on a GPU: the last bit of a scale, and with it a tie.
+            exact = DEVICE == "cpu" or "int8" not in kind
+            rtol, atol = (0, 0) if exact else (0, 1) if got.dtype == torch.int8 else (2**-22, 0)
+            torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 class _Asked(TorchDispatchMode):
