@@ -185,7 +185,7 @@ def test_chunks_without_padding_need_no_masks(sizes: tuple[int, int]) -> None:
     compare(draw((2, 1), 64, 64, *sizes), None, torch.float32)
 
 
-@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("mean", [0.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, mean: float) -> None:
     q, k, v = draw((2, 1), 67, 67, 16, 24)
@@ -197,7 +197,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, mean: 
     plain = (weights / weights.sum(-1, keepdim=True)) @ own[2]
     got = ops.linear_attention(*exact, backend="triton")
     assert_as_accurate("out", got, plain, truth)
-    upstream = torch.linspace(-1, 1, truth.numel(), dtype=torch.float64, device=DEVICE).reshape(truth.shape)
+    upstream = torch.randn(truth.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
     grads = [torch.autograd.grad(o, i, upstream.to(o.dtype)) for o, i in ((got, exact), (plain, own), (truth, wide))]
     for name, *one in zip(("dq", "dk", "dv"), *grads, strict=True):
         assert_as_accurate(name, *one)
