@@ -11,7 +11,7 @@ from attnzoo.ops.softmax.triton.tiles import document_of
 
 @triton.jit(do_not_specialize=("documents",))
 def document_tiles_kernel(
-    entries,  # [tiles, 8], int32
+    entries,  # [tiles, 8], int32, of which six are used
     cu_q,  # [documents + 1]
     cu_k,
     documents,
@@ -19,7 +19,7 @@ def document_tiles_kernel(
     DOCUMENTS: tl.constexpr,  # a power of two, at least the number of documents
 ):
     """For each tile: its first row inside its document, where the document's queries start and how many there are, and
-    the same of its keys. Tiles past the last document have no rows."""
+    the same of its keys, and its number. Tiles past the last document have no rows."""
     tile = tl.program_id(0)
     number, before = document_of(tile, cu_q, documents, BLOCK, DOCUMENTS)
     there = number < documents
@@ -33,6 +33,7 @@ def document_tiles_kernel(
     tl.store(entry + 2, q_end - q_start)
     tl.store(entry + 3, k_start)
     tl.store(entry + 4, k_end - k_start)
+    tl.store(entry + 5, number)
 
 
 @triton.jit(do_not_specialize=("documents", "length"))

@@ -235,7 +235,7 @@ def _consume(
             # The first tile has no product of values to hide behind.
             s = warpgroup_mma_wait(0, deps=[_scores(q, k_here, k_full, count, BLOCK, N, STAGES, mma_s)])
             mbarrier.arrive(k_empty.index(count % STAGES))
-            if sizes[0] is not None:  # noqa: SIM102, as the first is known when this compiles
+            if sizes[0] is not None:  # noqa: SIM102, as this is known when it compiles
                 if hi * N > k_rows:
                     _clear(v_here, v_full, count, k_rows - (hi - 1) * N, BLOCK, N, STAGES)
             top = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, by_row)

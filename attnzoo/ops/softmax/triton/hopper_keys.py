@@ -1,8 +1,8 @@
 """The backward kernel of keys and values for Hopper GPUs, made as `hopper.py` is.
 
-Two groups of four warps own 64 keys each and walk the same tiles of queries, over all heads of a key head's group. Tiles
-are transposed, keys by queries, so that probabilities are the left operand, in registers, of the products that sum up.
-`query_gradient.py` or `hopper_queries.py` ran before and left the row statistics.
+Two groups of four warps own 64 keys each and walk the same tiles of queries, over all heads of a key head's group.
+Tiles are transposed, keys by queries, so that probabilities are the left operand, in registers, of the products that
+sum up. `query_gradient.py` ran before and left the row statistics.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -175,33 +174,29 @@ def _consume(
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma_d, 2)
-    acc_k = warpgroup_mma_init(gl.zeros([64, BLOCK], gl.float32, mma_d))
-    acc_v = warpgroup_mma_init(gl.zeros([64, BLOCK], gl.float32, mma_d))
-    p = gl.zeros([64, M], places[0].dtype, left)
-    ds = gl.zeros([64, M], places[0].dtype, left)
+    acc_k = gl.zeros([64, BLOCK], gl.float32, mma_d)
+    acc_v = gl.zeros([64, BLOCK], gl.float32, mma_d)
     mbarrier.wait(bars[0], 0)
     count = 0
     for _member in range(group):
         for number in range(lo, full_lo):
-            acc_k, acc_v, p, ds = _step(
-                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, p, ds, C, BLOCK, M, STAGES,
+            acc_k, acc_v = _step(
+                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, C, BLOCK, M, STAGES,
                 True, LEFT, RIGHT, mma_s, left,
             )  # fmt: skip
             count += 1
         for number in range(full_lo, full_hi):
-            acc_k, acc_v, p, ds = _step(
-                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, p, ds, C, BLOCK, M, STAGES,
+            acc_k, acc_v = _step(
+                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, C, BLOCK, M, STAGES,
                 False, LEFT, RIGHT, mma_s, left,
             )  # fmt: skip
             count += 1
         for number in range(full_hi, hi):
-            acc_k, acc_v, p, ds = _step(
-                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, p, ds, C, BLOCK, M, STAGES,
+            acc_k, acc_v = _step(
+                number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, C, BLOCK, M, STAGES,
                 True, LEFT, RIGHT, mma_s, left,
             )  # fmt: skip
             count += 1
-    acc_k, acc_v, p, ds = warpgroup_mma_wait(0, deps=[acc_k, acc_v, p, ds])
-
     rows = first + C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_d))
     d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, mma_d))[None, :]
     there = (rows < k_rows)[:, None]
@@ -214,11 +209,12 @@ def _consume(
 
 @gluon.jit
 def _step(
-    number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, p, ds, C: gl.constexpr,
+    number, count, documents, places, bars, sizes, factor, softcap, acc_k, acc_v, C: gl.constexpr,
     BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, mma_s: gl.constexpr, left: gl.constexpr,
 ):  # fmt: skip
-    """One more tile of queries. The last two products run on into the next step."""
+    """One more tile of queries. One product waits for nothing while the numbers of another are worked on, and what time
+    is left belongs to the other group."""
     k_here, v_here, q_here, do_here, lse2_here, delta_here = places
     _own, q_full, do_full, empty = bars
     q_rows = sizes[6]
@@ -229,22 +225,15 @@ def _step(
     do = do_here.index(slot).reshape((M, BLOCK))
     zero = gl.zeros([64, M], gl.float32, mma_s)
     mbarrier.wait(q_full.index(slot), full)
-    if MASKED:
-        if documents is not None:
-            if number * M + M > q_rows:
-                mbarrier.wait(do_full.index(slot), full)
-                _clear(q, q_rows - number * M, BLOCK, M)
-                _clear(do, q_rows - number * M, BLOCK, M)
-    s = warpgroup_mma(
-        k_here.index(C).reshape((64, BLOCK)), q.permute((1, 0)), zero, use_acc=False, is_async=True
-    )
+    if MASKED and documents is not None:  # noqa: SIM102, as this is known when it compiles
+        if number * M + M > q_rows:
+            mbarrier.wait(do_full.index(slot), full)
+            _clear(q, q_rows - number * M, BLOCK, M)
+            _clear(do, q_rows - number * M, BLOCK, M)
+    s = warpgroup_mma(k_here.index(C).reshape((64, BLOCK)), q.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(slot), full)
-    dp = warpgroup_mma(
-        v_here.index(C).reshape((64, BLOCK)), do.permute((1, 0)), zero, use_acc=False, is_async=True
-    )
-    s, acc_k, acc_v, p, ds = warpgroup_mma_wait(1, deps=[s, acc_k, acc_v, p, ds])
-    if count > 0:  # what the last step read is free now
-        mbarrier.arrive(empty.index((count - 1) % STAGES))
+    dp = warpgroup_mma(v_here.index(C).reshape((64, BLOCK)), do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
     row_lse = lse2_here.index(slot).reshape((M,)).load(by_column)
     x = s * factor
     if softcap is not None:
@@ -258,20 +247,23 @@ def _step(
             seen = seen & (j <= i + sizes[11])
         if LEFT:
             seen = seen & (j > i - sizes[10])
-        x = gl.where(seen, x, float("-inf"))
     weights = gl.exp2(x - row_lse[None, :])
+    if MASKED:  # what is not seen may be NaN here, and once more below
+        weights = gl.where(seen, weights, 0.0)
     p = gl.convert_layout(weights.to(q_here.dtype), left)
     if softcap is not None:
         weights *= 1.0 - t * t
-    dp = warpgroup_mma_wait(0, deps=[dp])
     acc_v = warpgroup_mma(p, do, acc_v, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp])
     row_delta = delta_here.index(slot).reshape((M,)).load(by_column)
     weights *= dp - row_delta[None, :]
     if MASKED:
         weights = gl.where(seen, weights, 0.0)
     ds = gl.convert_layout(weights.to(q_here.dtype), left)
     acc_k = warpgroup_mma(ds, q, acc_k, is_async=True)
-    return acc_k, acc_v, p, ds
+    acc_k, acc_v, p, ds = warpgroup_mma_wait(0, deps=[acc_k, acc_v, p, ds])
+    mbarrier.arrive(empty.index(slot))
+    return acc_k, acc_v
 
 
 @gluon.jit

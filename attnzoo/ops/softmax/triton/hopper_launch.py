@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnzoo.ops.launcher import Launcher, Recording
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
+from attnzoo.ops.softmax.triton.documents import document_tiles_kernel
+from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
+from attnzoo.ops.softmax.triton.hopper_keys import hopper_keys_kernel
 from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, ends_of
 
 ENABLED = False
@@ -71,15 +76,9 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
     each = -(-q_len // rows)
     documents = None
     if x.cu_q is not None:
-        assert x.cu_k is not None
-        number = x.cu_q.shape[0] - 1
-        each += number - 1
-        documents = torch.empty(each, 8, dtype=torch.int32, device=x.q.device)
-        known = {"BLOCK": rows, "DOCUMENTS": 1 << (number - 1).bit_length()}
-        _launcher("documents")((each,), (documents, x.cu_q, x.cu_k, number), known, num_warps=1, num_stages=1)
-    scale, softcap = x.scale * math.log2(math.e), None
-    if x.softcap is not None:
-        scale, softcap = x.scale / x.softcap, x.softcap * math.log2(math.e)
+        each += x.cu_q.shape[0] - 2
+        documents = _documents(x.cu_q, x.cu_k, each, rows)
+    scale, softcap = _factors(x)
     pieces = each * heads * batch
     sizes = (heads, x.group, section_of(x, pattern), q_len, x.k.shape[2], each, pieces, pattern.window, pattern.ahead)
     arguments = (
@@ -99,21 +98,80 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
         "RIGHT": pattern.right,
     }
     grid = min(pieces, num_multiprocessors(x.q.device.index))
+    _launch(hopper_forward_kernel, grid, arguments, constants, recording)
+
+
+def takes_keys(x: Arguments, pattern: Pattern, d_out: Tensor) -> bool:
+    """Whether the backward kernel of keys and values takes this call."""
+    return takes(x, pattern) and ends_of(x, pattern) > 0 and _can_copy(d_out)
+
+
+def keys(
+    x: Arguments,
+    pattern: Pattern,
+    d_out: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    recording: Recording | None = None,
+) -> None:
+    """Fill `d_k` and `d_v`; rows of no document stay as they are."""
+    batch, heads_k, k_len, dim = x.k.shape
+    block = 64 if dim <= 64 else 128
+    rows = 64
+    each = -(-k_len // 128)
+    documents = None
+    if x.cu_q is not None:
+        each += x.cu_q.shape[0] - 2
+        documents = _documents(x.cu_k, x.cu_q, each, 128)
+    arguments = (
+        *(_tiles(x.q, rows, block), _tiles(d_out, rows, block), _tiles(x.k, 64, block), _tiles(x.v, 64, block)),
+        *(_rows(lse2, rows), _rows(delta, rows), d_k, d_v, documents),
+        *(stride for t in (d_k, d_v) for stride in t.stride()[:3]),
+        *(x.q.shape[1], x.group, x.q.shape[2], k_len, each, pattern.window, pattern.ahead, x.scale, *_factors(x)),
+    )
+    constants = {
+        "D": dim,
+        "DV": x.v.shape[-1],
+        "BLOCK": block,
+        "M": rows,
+        "STAGES": 3,
+        "LEFT": pattern.left,
+        "RIGHT": pattern.right,
+    }
+    _launch(hopper_keys_kernel, each * heads_k * batch, arguments, constants, recording)
+
+
+def _launch(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], recording: Recording | None
+) -> None:
     if recording is None:
-        _launcher("forward")((grid,), arguments, constants, num_warps=4)
+        _launcher(kernel)((programs,), arguments, constants, num_warps=4)
     else:
-        _launcher("forward").recorded(recording, (grid,), arguments, constants, num_warps=4)
+        _launcher(kernel).recorded(recording, (programs,), arguments, constants, num_warps=4)
 
 
-@lru_cache(maxsize=2)
-def _launcher(name: str) -> Launcher:
-    if name == "documents":
-        from attnzoo.ops.softmax.triton.documents import document_tiles_kernel
+@lru_cache(maxsize=4)
+def _launcher(kernel: Any) -> Launcher:
+    return Launcher(kernel)
 
-        return Launcher(document_tiles_kernel)
-    from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
 
-    return Launcher(hopper_forward_kernel)
+def _factors(x: Arguments) -> tuple[float, float | None]:
+    """What products are multiplied by, and the softcap: scores come out times log2(e)."""
+    if x.softcap is None:
+        return x.scale * math.log2(math.e), None
+    return x.scale / x.softcap, x.softcap * math.log2(math.e)
+
+
+def _documents(own: Tensor | None, other: Tensor | None, each: int, rows: int) -> Tensor:
+    """The table of `document_tiles_kernel` for tiles of so many rows of one's own side."""
+    assert own is not None
+    entries = torch.empty(each, 8, dtype=torch.int32, device=own.device)
+    number = own.shape[0] - 1
+    known = {"BLOCK": rows, "DOCUMENTS": 1 << (number - 1).bit_length()}
+    _launcher(document_tiles_kernel)((each,), (entries, own, other, number), known, num_warps=1)
+    return entries
 
 
 def _can_copy(t: Tensor) -> bool:
@@ -125,17 +183,16 @@ def _can_copy(t: Tensor) -> bool:
 
 def _tiles(t: Tensor, rows: int, columns: int) -> Any:
     """A descriptor of tiles of so many rows and columns."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     batch, heads, length, dim = t.shape
     # The stride of a dimension of one is never used, so that it may be any number.
     strides = [n if many > 1 else length * dim for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
-    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns], _layout())
+    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns], _SWIZZLED)
 
 
-@lru_cache(maxsize=1)
-def _layout() -> Any:
-    """Rows of 64 numbers of 16 bits, swizzled as the tensor cores read them."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
+def _rows(t: Tensor, rows: int) -> Any:
+    """The same for one number a row, `[B, H, padded]`."""
+    return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.stride(1), 1], [1, rows], _PLAIN)
 
-    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+_SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # as the tensor cores read rows
+_PLAIN = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)

@@ -153,14 +153,28 @@ def key_gradient_kernel(
             u = u_row[:, None]
             row_start = statistics_start(number, q_start, PACKED)
 
-            # Where all heads of the group walk the same tiles, one loop takes them one after another without a pause.
-            JOINED: tl.constexpr = walk_tiles is None
             for WALK in tl.static_range(3 if ENDS == 2 else 2):
-                for turn in tl.range(0, 1 if JOINED else GROUP):
+                for member in tl.range(0, GROUP):
+                    head = head_k * GROUP + member
+                    q_base = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+                    do_base = d_out + batch.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
+                    if PACKED or STEP > 1:
+                        q_base += q_start.to(tl.int64) * stride_qs
+                        do_base += q_start.to(tl.int64) * stride_dos
+                    row_base = (batch.to(tl.int64) * heads + head) * stride_rows + row_start
+                    bias_base = bias
+                    if bias is not None:
+                        bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
+                    dense_base = dense
+                    if dense is not None:
+                        dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
+                    slope = 0.0
+                    if slopes is not None:
+                        slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
                     if walk_tiles is not None:
                         kind = 0
                         if walk_classes is not None:
-                            kind = tl.load(walk_classes + head_k * GROUP + turn)
+                            kind = tl.load(walk_classes + head)
                         at = kind * (tiles_each // STEP) + tile
                         begin = tl.load(walk_starts + at)
                         end = tl.load(walk_starts + at + 1)
@@ -188,44 +202,18 @@ def key_gradient_kernel(
                             end = count_partial(lo, full_lo, full_hi, hi, BLOCK_M)
                             if ENDS == 2:
                                 begin, end = part_of_partial(end, lo, full_lo, full_hi, q_rows, BLOCK_M, WALK == 1)
-                    next_head = head_k * GROUP + turn
-                    next_tile = begin
-                    stop = end
-                    if JOINED:
-                        end = begin + tl.maximum(end - begin, 0) * GROUP
                     listed = 0
                     if walk_tiles is not None:
                         listed = tl.load(walk_tiles + begin, mask=begin < end, other=0)
                     for n in tl.range(begin, end, num_stages=stages(WALK, ENDS, PARTIAL_STAGES)):
-                        head = next_head
                         if walk_tiles is not None:
                             start = listed * BLOCK_M
                             # A tile ahead, so that nothing waits for the list.
                             listed = tl.load(walk_tiles + n + 1, mask=n + 1 < end, other=0)
+                        elif WALK > 0:
+                            start = nth_partial(n, lo, full_lo, full_hi, BLOCK_M)
                         else:
-                            if WALK > 0:
-                                start = nth_partial(next_tile, lo, full_lo, full_hi, BLOCK_M)
-                            else:
-                                start = full_lo + next_tile * BLOCK_M
-                            next_tile += 1
-                            if GROUP > 1:  # counted, since a division would cost more
-                                next_head += (next_tile == stop).to(tl.int32)
-                                next_tile = tl.where(next_tile == stop, begin, next_tile)
-                        q_base = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-                        do_base = d_out + batch.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
-                        if PACKED or STEP > 1:
-                            q_base += q_start.to(tl.int64) * stride_qs
-                            do_base += q_start.to(tl.int64) * stride_dos
-                        row_base = (batch.to(tl.int64) * heads + head) * stride_rows + row_start
-                        bias_base = bias
-                        if bias is not None:
-                            bias_base += batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
-                        dense_base = dense
-                        if dense is not None:
-                            dense_base += batch.to(tl.int64) * stride_dense_b + head.to(tl.int64) * stride_dense_h
-                        slope = 0.0
-                        if slopes is not None:
-                            slope = tl.load(slopes + batch * stride_slopes + head).to(tl.float32)
+                            start = full_lo + n * BLOCK_M
                         t_row = start + tl.arange(0, BLOCK_M)
                         there = None
                         if not copied(WALK, ENDS) or (WALK > 0 and lse2_tiles is None):
@@ -233,7 +221,7 @@ def key_gradient_kernel(
                             row_lse = tl.load(lse2 + row_base + t_row * STEP, mask=t_row < q_rows, other=float("inf"))
                             row_delta = tl.load(delta + row_base + t_row * STEP, mask=t_row < q_rows, other=0.0)
                             there = row_lse != float("inf")
-                        elif lse2_tiles is None or WALK > 0:  # a few tiles wait less for plain loads
+                        elif lse2_tiles is None:
                             row_lse = tl.load(lse2 + row_base + t_row * STEP)
                             row_delta = tl.load(delta + row_base + t_row * STEP)
                         else:

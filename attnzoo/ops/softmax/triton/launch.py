@@ -150,6 +150,8 @@ def _backward(
     )
     constants["ENDS"] = ends
     _launch(query_gradient_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles, recording)
+    if hopper_launch.takes_keys(x, pattern, d_out):
+        return hopper_launch.keys(x, pattern, d_out, lse2, delta, d_k, d_v, recording)
     each = handed.tiles_each(x, pattern, x.k.shape[2], key_tiles.n)
     arguments = (
         *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
