@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launching import interpreted, triton_reasons
+from attnzoo.ops.launching import triton_reasons
 from attnzoo.ops.linear.triton.backward import sum_gradients
 from attnzoo.ops.linear.triton.forward import sum_keys
 from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import constants, empty_like_heads, on_device_of, rows_contiguous, strides
-from attnzoo.ops.linear.triton.shapes import Config, Parts, Tiles, configure, cut, power_of_two
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, hybrid_tiles, power_of_two
 
 LARGEST = 128  # of features, keys and values: all of them stand in a program's registers
 
@@ -181,9 +181,7 @@ def _plan(q: Tensor, v: Tensor, f_q: Tensor, k: Tensor, cu_seqlens: Tensor | Non
 
 def kernel_constants(config: Config, dim: int, feature_map: str, group: int) -> dict[str, Any]:
     """Constants and launch options: unlike elsewhere, every tile has all columns."""
-    chunk = config.attend.chunk
-    tiles = Tiles(chunk, 256, 4 if interpreted() else 8, 1)
-    options = constants(config, tiles, True, feature_map, GROUP=group)
+    options = constants(config, hybrid_tiles(config), True, feature_map, GROUP=group)
     options |= {"F": config.dim, "BF": options["BD"], "D": dim, "BD": power_of_two(dim, config.least)}
     del options["NORMALIZE"]
     return options

@@ -101,6 +101,12 @@ def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 
+def hybrid_tiles(config: Config) -> Tiles:
+    """Tiles of the hybrid's kernels, which hold all columns."""
+    chunk = config.attend.chunk
+    return Tiles(chunk, 256, 4 if interpreted() else 8, 1)
+
+
 def is_full(length: int, config: Config, lengths: Tensor | None, cu_seqlens: Tensor | None) -> bool:
     """Whether every token of every chunk is a real one."""
     return lengths is None and cu_seqlens is None and length % config.granule == 0
