@@ -128,7 +128,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 from omegaconf import OmegaConf
 from pathlib import Path
-import recipes.checkpointing as checkpointing, recipes.objectives as objectives
+import recipes.checkpoint_files as files, recipes.objectives as objectives
 from recipes.run_folder import RunFolder
 from recipes.uptrain import uptrain
 
@@ -145,7 +145,7 @@ if {moment!r} == "backward":
     in_training = lambda objective, model, *_: model.training
     objectives.Objective.__call__ = killing(objectives.Objective.__call__, {before + 2}, in_training)
 else:
-    checkpointing._to_disk = killing(checkpointing._to_disk, 6)  # the second file of the second checkpoint
+    files.to_disk = killing(files.to_disk, 7)  # the second file of the second checkpoint
 uptrain(OmegaConf.load({str(config)!r}), RunFolder(Path({str(run.path)!r})))
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
