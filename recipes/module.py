@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -144,7 +145,9 @@ class Uptraining(LightningModule):
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum of each rank's value; on one rank the value itself."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+        if self.trainer.world_size > 1:
+            dist.all_reduce(value)  # and not the strategy's reduce, which has every process wait for its device
+        return value
 
     def on_train_end(self) -> None:
         self.settle()
@@ -182,6 +185,9 @@ class Uptraining(LightningModule):
     def _clip(self) -> Tensor:
         for weight in self._still:
             weight.grad = None
+        asked = getattr(self.trainer.strategy, "gradient_norm", None)
+        if asked is not None:  # it clips by itself
+            return asked()
         return clip_gradients(self.model.parameters(), self.gradient_clip_norm or math.inf)
 
     def _update(self, values: Tensor, rate: float) -> None:
