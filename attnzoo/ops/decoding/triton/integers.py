@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.decoding.triton.tiles import DEAD, LOG2E, load_vectors, tanh
+from attnzoo.ops.launching import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -79,7 +82,19 @@ def load_words(BASE, at, slot, stride, live, DV: tl.constexpr):
 @triton.jit
 def weigh(b_halves, b_v, SHIFT: tl.constexpr):
     """Weighted sums of one code of each word."""
-    return joined(tl.dot(b_halves, (b_v >> SHIFT).to(tl.int8), out_dtype=tl.int32))
+    return joined(tl.dot(b_halves, byte_of(b_v, SHIFT), out_dtype=tl.int32))
+
+
+@triton.jit
+def byte_of(words, SHIFT: tl.constexpr):
+    """One byte of each word: of four words by three permutations, two of which the next byte shares."""
+    if INTERPRETED:
+        return (words >> SHIFT).to(tl.int8)
+    pair: tl.constexpr = "0x5140" if SHIFT < 16 else "0x7362"  # one byte, then the next, of two words
+    take: tl.constexpr = "0x5410" if SHIFT % 16 == 0 else "0x7632"
+    pairs: tl.constexpr = "prmt.b32 a, $1, $2, " + pair + "; prmt.b32 b, $3, $4, " + pair + "; "
+    asm: tl.constexpr = "{ .reg .b32 a, b; " + pairs + "prmt.b32 $0, a, b, " + take + "; }"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [words], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit

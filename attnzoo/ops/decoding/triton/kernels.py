@@ -1,7 +1,8 @@
 """Flash-decoding: queries of a group in one tile, keys split over programs, every kind of cache read in place.
 
 A program takes one row of the batch, one key/value head, up to BLOCK_M of the `GROUP * Q_LEN` queries that share it,
-and one of `splits` equal parts of the keys that these queries see. What they find is merged by its logsumexp.
+and one of `splits` equal parts of the keys that these queries see. What they find is merged by its logsumexp, by the
+programs themselves.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.decoding.triton.integers import halves_of_queries, integer_attend, integer_scores, load_words
+from attnzoo.ops.decoding.triton.merging import merge_here
 from attnzoo.ops.decoding.triton.tiles import (
     DEAD,
     LOG2E,
@@ -37,7 +39,8 @@ def decode_kernel(
     LENGTHS, STARTS, KEPT,  # [B], or nothing where all rows are alike
     SINKS,  # [Hk * GROUP]
     OUT,  # [B, Hk * GROUP, Q_LEN, DV], dense
-    PART, LSE,  # [B, Hk, GROUP * Q_LEN, splits, DV] and [..., splits], fp32, dense
+    PART,  # [B, Hk, GROUP * Q_LEN, splits, DV], then logsumexps [..., splits], fp32, dense
+    ARRIVED,  # [B, programs of one split]: see `merge_here`
     length, start, kept,  # what all rows share
     back, ahead,  # query i sees key j iff -ahead <= i - j < back
     scale, softcap, splits,
@@ -49,11 +52,10 @@ def decode_kernel(
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
     INTEGER: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, MERGE_M: tl.constexpr, MERGE_S: tl.constexpr, MERGE_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
-    if EARLY and SPLIT:
-        tl.extra.cuda.gdc_launch_dependents()  # the merge may be set up; it waits for the results itself
     i_split, i_head, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_tile, i_head = i_head // k_heads, i_head % k_heads
     row = i_row.to(tl.int64)
@@ -195,8 +197,17 @@ def decode_kernel(
 
     b_sum = tl.where(b_query > NOWHERE, b_sum, 0.0)
     head_at = i_head * GROUP + m // Q_LEN
-    out_at = (row * heads + head_at) * Q_LEN + m % Q_LEN
+    base = (row * heads + i_head * GROUP) * Q_LEN
     if not SPLIT and SINKS is not None:
         sink = tl.load(SINKS + head_at, mask=real, other=DEAD).to(tl.float32)
         b_sum += tl.where(b_sum > 0, tl.exp2((sink - b_max) * LOG2E), 0.0)
-    store_part(b_acc, b_max, b_sum, OUT, PART, LSE, out_at, i_split, o_dv, real, splits, SPLIT, DV)
+    LSE = None
+    if SPLIT:
+        LSE = PART + tl.num_programs(2).to(tl.int64) * heads * Q_LEN * splits * DV
+    store_part(b_acc, b_max, b_sum, OUT, PART, LSE, base + m, i_split, o_dv, real, splits, SPLIT, DV)
+    if SPLIT:
+        group = i_row * tl.num_programs(1) + tl.program_id(1)
+        merge_here(
+            PART, LSE, SINKS, OUT, ARRIVED, group, base, i_head * GROUP, i_tile * BLOCK_M, GROUP * Q_LEN, i_split,
+            splits, Q_LEN, DV, SHARE, BLOCK_M, MERGE_M, MERGE_S, MERGE_DV,
+        )  # fmt: skip

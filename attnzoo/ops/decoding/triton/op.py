@@ -8,9 +8,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.triton.plan import fitted, next_power_of_two, shared_memory, splits_for, tiles_for
+from attnzoo.ops.decoding.triton.counters import counters
+from attnzoo.ops.decoding.triton.plan import (
+    fitted,
+    merge_constants,
+    merge_for,
+    next_power_of_two,
+    shared_memory,
+    splits_for,
+    tiles_for,
+)
 from attnzoo.ops.launcher import Launcher
-from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
+from attnzoo.ops.launching import interpreted, num_multiprocessors
 
 
 def decode(
@@ -54,20 +63,21 @@ def decode(
     out = q.new_empty(batch, heads, q_len, v_dim)
     if out.numel() == 0:
         return out
+    index = q.device.index
     rows = heads // k_heads * q_len
-    page = 0 if table is None else size
-    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, page)
-    tiles = fitted(tiles, dim * q.element_size(), (dim + v_dim) * k[0].element_size(), shared_memory(q.device.index))
+    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, 0 if table is None else size)
+    tiles = fitted(tiles, dim * q.element_size(), (dim + v_dim) * k[0].element_size(), shared_memory(index))
     m_tiles = -(-rows // tiles.block_m)
+    programs = batch * k_heads * m_tiles
     reach = min(longest, back + ahead + q_len)
-    slots = num_multiprocessors(q.device.index) * tiles.resident
-    splits = splits_for(batch * k_heads * m_tiles, -(-reach // tiles.block_n), slots)
-    part, lse = parts_for(out, splits)
-    launcher("decode")(
+    splits = splits_for(programs, -(-reach // tiles.block_n), num_multiprocessors(index) * tiles.resident)
+    part = parts_for(out, splits)
+    arrived, merging = merging_for(part, splits, programs, splits, min(rows, tiles.block_m), v_dim, tiles.num_warps)
+    launcher()(
         (splits, k_heads * m_tiles, batch),
         (
             *(q, *three(k), *three(v), *(recent or (None, None))),
-            *(table, lengths, starts, kept, sinks, out, part, lse),
+            *(table, lengths, starts, kept, sinks, out, part, arrived),
             *(*shared, back, ahead, scale, 0.0 if softcap is None else softcap, splits),
             *(size, recent[0].shape[2] if recent else 0, heads, k_heads, 0 if table is None else table.stride(0)),
             *(*q.stride()[:3], *k[0].stride()[:3], *v[0].stride()[:3]),
@@ -78,7 +88,7 @@ def decode(
             "D": dim,
             "DV": v_dim,
             "SPLIT": splits > 1,
-            "PAGE": page,
+            "PAGE": 0 if table is None else size,
             "RING": ring,
             "QUANT": len(k) - 1,
             "RECENT": len(recent) > 0,
@@ -88,55 +98,55 @@ def decode(
             "BLOCK_N": tiles.block_n,
             "BLOCK_D": max(next_power_of_two(dim), 16),
             "BLOCK_DV": max(next_power_of_two(v_dim), 16),
-            "EARLY": starts_early(q.device),
+            **merging,
             "PRECISION": "ieee",
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    merge(part, lse, sinks, out)
     return out
 
 
 decode_op = torch.library.custom_op("attnzoo::decode", decode, mutates_args=())
 
 
-@lru_cache(maxsize=8)
-def launcher(name: str) -> Launcher:
-    """The launcher of a kernel; Triton is imported here, at the first use."""
-    from attnzoo.ops.decoding.triton import kernels, merging
+@lru_cache(maxsize=1)
+def launcher() -> Launcher:
+    """The kernel's launcher; Triton is imported here, at the first use."""
+    from attnzoo.ops.decoding.triton import kernels
 
-    return Launcher({"decode": kernels.decode_kernel, "merge": merging.merge_kernel}[name])
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether the merge can be launched while the splits still run (programmatic dependent launch, from Hopper on)."""
-    return device.type == "cuda" and not interpreted() and capability(device.index) >= (9, 0)
+    return Launcher(kernels.decode_kernel)
 
 
-def parts_for(out: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for the splits' shares `[B, H, Sq, splits, Dv]` and logsumexps; none where nothing is split."""
+def parts_for(out: Tensor, splits: int) -> Tensor | None:
+    """Memory for what splits find, `[B, H, Sq, splits, Dv]` and as many logsumexps; none where nothing is split."""
     if splits == 1:
-        return None, None
-    shape = *out.shape[:3], splits
-    part = torch.empty(*shape, out.shape[3], dtype=torch.float32, device=out.device)
-    return part, torch.empty(shape, dtype=torch.float32, device=out.device)
-
-
-def merge(part: Tensor | None, lse: Tensor | None, sinks: Tensor | None, out: Tensor) -> None:
-    """Merge shares `part [B, H, Sq, splits, Dv]` with their logsumexps `lse` into `out`, if there are any."""
-    if part is None or lse is None:
-        return
-    batch, heads, q_len, splits, v_dim = part.shape
-    width = min(next_power_of_two(v_dim), 128)
-    early = starts_early(out.device)
-    launcher("merge")(
-        (batch * heads * q_len, -(-v_dim // width), 1),
-        (part, lse, sinks, out, splits, heads),
-        {"Q_LEN": q_len, "DV": v_dim, "BLOCK_S": next_power_of_two(splits), "BLOCK_DV": width, "EARLY": early},
-        num_warps=4 if splits > 8 else 2,
-        **({"launch_pdl": True} if early else {}),
+        return None
+    return torch.empty(
+        out.numel() // out.shape[3] * splits * (out.shape[3] + 1), dtype=torch.float32, device=out.device
     )
+
+
+def merging_for(
+    part: Tensor | None, splits: int, programs: int, together: int, rows: int, v_dim: int, num_warps: int
+) -> tuple[Tensor | None, dict[str, int]]:
+    """How programs count, and the kernel's constants that say how they merge.
+
+    Args:
+        part: from `parts_for`.
+        splits: parts of each row.
+        programs: of one split.
+        together: programs from the first of a group that merges to its last, in the order of the launch.
+        rows: queries of a program.
+        v_dim: size of a value.
+        num_warps: of a program.
+    """
+    if part is None:
+        return None, merge_constants(merge_for(1, 1, 1, 1, False))
+    # Programs start in order, so a group whose members wait for one another runs, as long as all fit in together.
+    waits = not interpreted() and together <= num_multiprocessors(part.device.index)
+    constants = merge_constants(merge_for(rows, splits, v_dim, num_warps, waits))
+    return counters(part.device, programs, splits), constants
 
 
 @decode_op.register_fake

@@ -12,6 +12,15 @@ from attnzoo.ops.launching import capability, interpreted
 MOST_SPLITS = 128
 
 
+class Merge(NamedTuple):
+    """How the programs of a call merge what they have found: see `merge_here`."""
+
+    share: int  # queries that each merges; 0: the last to come merges all
+    rows: int  # queries, splits and numbers of a value that it has in registers at a time
+    splits: int
+    width: int
+
+
 class Tiles(NamedTuple):
     """Tile sizes and launch options of one kernel."""
 
@@ -28,6 +37,7 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@lru_cache(maxsize=256)
 def fitted(tiles: Tiles, query_bytes: int, key_bytes: int, limit: int) -> Tiles:
     """The tiles with fewer stages, then fewer keys, until they fit into `limit` bytes of shared memory.
 
@@ -78,15 +88,33 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
         return Tiles(min(block_m, 32), 32, 4, 2, 2)
     if codes and min(dim, v_dim) >= 64 and dim.bit_count() == v_dim.bit_count() == 1:
         if rows <= 8:  # many programs of one warp: nothing to wait for but memory
-            return Tiles(8, 32, 1, 4, 4, True)
+            return Tiles(8, 64, 1, 3, 4, True)
         return Tiles(16, 64, 2, 3, 4, True) if rows <= 16 else Tiles(32, 64, 4, 3, 3, True)
     if codes:
         return Tiles(min(block_m, 32), 64, 4, 3, 2)
     if width > 256:
         return Tiles(block_m, 64 if width < 512 else 32, 4, 3, 1)
-    if 0 < page < 128:
-        return Tiles(block_m, 64, 4, 4, 1)
-    return Tiles(block_m, 128, 4, 3, 1)
+    if 0 < page < 128:  # a tile of several pages has an address for each token: more warps, fewer of them each
+        return Tiles(block_m, 128, 8, 3, 1) if block_m == 16 else Tiles(block_m, 64, 4, 4, 1)
+    # Half of 64 rows wasted still beats 32: from there on products read shared memory themselves (wgmma).
+    return Tiles(64 if block_m == 32 else block_m, 128, 4, 3, 1)
+
+
+@lru_cache(maxsize=4096)
+def merge_for(rows: int, splits: int, v_dim: int, num_warps: int, waits: bool) -> Merge:
+    """For `rows` queries a program, cut into `splits`; `waits`: whether programs may wait for one another."""
+    block_s, width = next_power_of_two(splits), max(next_power_of_two(v_dim), 16)
+    share = 0
+    if waits and rows * splits * v_dim > 2**14:  # 64 KiB: more than one program reads at once
+        share = -(-rows // splits)
+    room = 2048 * num_warps  # 64 registers a thread
+    block_m = min(max(room // (block_s * width), 1), next_power_of_two(share or rows))
+    return Merge(share, block_m, block_s, min(max(room // (block_s * block_m), 16), width))
+
+
+def merge_constants(merge: Merge) -> dict[str, int]:
+    """As the kernels name them."""
+    return {"SHARE": merge.share, "MERGE_M": merge.rows, "MERGE_S": merge.splits, "MERGE_DV": merge.width}
 
 
 @lru_cache(maxsize=4096)

@@ -128,7 +128,7 @@ def attend(
 def store_part(
     b_acc, b_max, b_sum, OUT, PART, LSE, out_at, i_split, o_dv, real, splits, SPLIT: tl.constexpr, DV: tl.constexpr
 ):  # fmt: skip
-    """Write the result, or the split's share of it with its logsumexp; a share without keys is not written."""
+    """Write the result, or the split's share of it with its logsumexp."""
     seen = b_sum > 0
     b_acc = b_acc * tl.where(seen, 1 / tl.where(seen, b_sum, 1.0), 0.0)[:, None]
     mask = real[:, None] & (o_dv[None, :] < DV)
@@ -137,7 +137,7 @@ def store_part(
     else:
         part = out_at * splits + i_split
         tl.store(LSE + part, tl.where(seen, b_max + tl.log(tl.where(seen, b_sum, 1.0)), DEAD), mask=real)
-        tl.store(PART + part[:, None] * DV + o_dv[None, :], b_acc, mask=mask & seen[:, None])
+        tl.store(PART + part[:, None] * DV + o_dv[None, :], b_acc, mask=mask)
 
 
 @triton.jit

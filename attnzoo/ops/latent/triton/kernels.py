@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnzoo.ops.decoding.triton.merging import merge_here
 from attnzoo.ops.decoding.triton.tiles import (
     DEAD,
     NOWHERE,
@@ -33,7 +34,8 @@ def latent_kernel(
     TABLE,  # [B, pages]
     LENGTHS, STARTS, KEPT,  # [B], or nothing where all rows are alike
     OUT,  # [B, HEADS, Q_LEN, RANK], dense
-    PART, LSE,  # [B, HEADS, Q_LEN, splits, RANK] and [..., splits], fp32, dense
+    PART,  # [B, HEADS, Q_LEN, splits, RANK], then logsumexps [..., splits], fp32, dense
+    ARRIVED,  # [B, tiles of queries]: see `merge_here`
     length, start, kept,  # what all rows share
     back, ahead,  # query i sees token j iff -ahead <= i - j < back
     scale, splits,
@@ -45,11 +47,10 @@ def latent_kernel(
     HEADS: tl.constexpr, Q_LEN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, RING: tl.constexpr, QUANT: tl.constexpr, RECENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, MERGE_M: tl.constexpr, MERGE_S: tl.constexpr, MERGE_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of one tile of queries: see the top of the file."""
-    if EARLY and SPLIT:
-        tl.extra.cuda.gdc_launch_dependents()  # the merge may be set up; it waits for the results itself
     i_tile, i_split, i_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = i_row.to(tl.int64)
     if LENGTHS is not None:
@@ -164,8 +165,17 @@ def latent_kernel(
             b_max, b_sum, b_acc = attend(b_s, b_c, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)
 
     b_sum = tl.where(b_query > NOWHERE, b_sum, 0.0)
-    out_at = (row * HEADS + m // Q_LEN) * Q_LEN + m % Q_LEN
-    store_part(b_acc, b_max, b_sum, OUT, PART, LSE, out_at, i_split, o_r, real, splits, SPLIT, RANK)
+    base = row * HEADS * Q_LEN
+    LSE = None
+    if SPLIT:
+        LSE = PART + tl.num_programs(2).to(tl.int64) * HEADS * Q_LEN * splits * RANK
+    store_part(b_acc, b_max, b_sum, OUT, PART, LSE, base + m, i_split, o_r, real, splits, SPLIT, RANK)
+    if SPLIT:
+        group = i_row * tl.num_programs(0) + i_tile
+        merge_here(
+            PART, LSE, None, OUT, ARRIVED, group, base, 0, i_tile * BLOCK_M, HEADS * Q_LEN, i_split, splits,
+            Q_LEN, RANK, SHARE, BLOCK_M, MERGE_M, MERGE_S, MERGE_DV,
+        )  # fmt: skip
 
 
 @triton.jit

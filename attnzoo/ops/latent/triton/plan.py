@@ -6,6 +6,8 @@ from functools import lru_cache
 
 from attnzoo.ops.decoding.triton.plan import Tiles, next_power_of_two
 
+HOPPER = Tiles(64, 64, 4, 1, 1)  # of the kernel that arranges its own pipeline
+
 
 @lru_cache(maxsize=256)
 def tiles_for(rows: int, rank: int, itemsize: int, codes: bool, room: int) -> Tiles:
