@@ -228,8 +228,8 @@ def _step(
     if MASKED and documents is not None:  # noqa: SIM102, as this is known when it compiles
         if number * M + M > q_rows:
             mbarrier.wait(do_full.index(slot), full)
-            _clear(q, q_rows - number * M, BLOCK, M)
-            _clear(do, q_rows - number * M, BLOCK, M)
+            clear_rows(q, q_rows - number * M, BLOCK, M)
+            clear_rows(do, q_rows - number * M, BLOCK, M)
     s = warpgroup_mma(k_here.index(C).reshape((64, BLOCK)), q.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(slot), full)
     dp = warpgroup_mma(v_here.index(C).reshape((64, BLOCK)), do.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -267,7 +267,7 @@ def _step(
 
 
 @gluon.jit
-def _clear(place, rows, BLOCK: gl.constexpr, M: gl.constexpr):
+def clear_rows(place, rows, BLOCK: gl.constexpr, M: gl.constexpr):
     """Zeros in a tile from `rows` on, which are another document's; each group does it, and writes the same."""
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
     there = gl.arange(0, M, layout=gl.SliceLayout(1, wide)) < rows

@@ -16,9 +16,12 @@ from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 from attnzoo.ops.softmax.triton.documents import document_tiles_kernel
 from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
 from attnzoo.ops.softmax.triton.hopper_keys import hopper_keys_kernel
+from attnzoo.ops.softmax.triton.hopper_queries import hopper_queries_kernel
 from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, ends_of
 
 ENABLED = False
+QUERIES = False
+QUERY_CUT = (128, 2)
 LEAST_QUERIES = 128  # fewer leave most of a program's rows empty
 CACHE = 32 << 20  # bytes of keys and values that programs side by side may read: most of the L2 cache
 
@@ -101,9 +104,49 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
     _launch(hopper_forward_kernel, grid, arguments, constants, recording)
 
 
-def takes_keys(x: Arguments, pattern: Pattern, d_out: Tensor) -> bool:
-    """Whether the backward kernel of keys and values takes this call."""
+def takes_gradients(x: Arguments, pattern: Pattern, d_out: Tensor) -> bool:
+    """Whether the backward kernels take this call."""
     return takes(x, pattern) and ends_of(x, pattern) > 0 and _can_copy(d_out)
+
+
+def queries(
+    x: Arguments,
+    pattern: Pattern,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    d_lse: Tensor | None,
+    lse2: Tensor,
+    delta: Tensor,
+    d_q: Tensor,
+    recording: Recording | None = None,
+) -> None:
+    """Fill `d_q` and the row statistics that `keys` reads; rows of no document stay as they are."""
+    batch, heads, q_len, dim = x.q.shape
+    block = 64 if dim <= 64 else 128
+    rows, stages = QUERY_CUT
+    each = -(-q_len // 128)
+    documents = None
+    if x.cu_q is not None:
+        each += x.cu_q.shape[0] - 2
+        documents = _documents(x.cu_q, x.cu_k, each, 128)
+    arguments = (
+        *(_tiles(x.q, 64, block), _tiles(d_out, 64, block), _tiles(x.k, rows, block), _tiles(x.v, rows, block)),
+        *(out, d_out, lse, d_lse, lse2, delta, d_q, documents),
+        *(stride for t in (out, d_out, d_q) for stride in t.stride()[:3]),
+        *(lse2.stride(1), heads, x.group, q_len, x.k.shape[2], each, pattern.window, pattern.ahead),
+        *(x.scale, *_factors(x)),
+    )
+    constants = {
+        "D": dim,
+        "DV": x.v.shape[-1],
+        "BLOCK": block,
+        "N": rows,
+        "STAGES": stages,
+        "LEFT": pattern.left,
+        "RIGHT": pattern.right,
+    }
+    _launch(hopper_queries_kernel, each * heads * batch, arguments, constants, recording)
 
 
 def keys(
