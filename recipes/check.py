@@ -8,7 +8,7 @@ from recipes.embeddings import UNTIE
 from recipes.export import EXPORT_DTYPES
 from recipes.lora import check_lora
 from recipes.models import DTYPES
-from recipes.optim import SCHEDULES
+from recipes.optim import METHODS, SCHEDULES
 from recipes.trained import PARTS
 
 # The numbers that the recipe itself takes: key, smallest value, whether null is allowed.
@@ -73,6 +73,10 @@ def _check_optimizer(config: DictConfig, place: str) -> None:
             raise ValueError(f"{name} is no field of an optimizer; allowed are {', '.join(config.optimizer)}")
         if key in FRACTIONS:
             _require(config, name, lambda v: _is(v, int, float) and 0 <= v <= 1, "a fraction between 0 and 1")
+        elif key == "method":
+            if place != "optimizer":
+                raise ValueError(f"{name} cannot be another than the run's: a run has one optimizer")
+            _require(config, name, lambda v: v in METHODS, f"one of {', '.join(METHODS)}")
         elif key == "schedule":
             _require(config, name, lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         elif key == "betas":

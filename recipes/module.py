@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recipes.objectives import Layers, Loss, Objective
-from recipes.optim import adamw, configure
+from recipes.optim import build_optimizer, configure, skips_on_device
 from recipes.packed import Batch, count_targets
 from recipes.readings import Reading, Readings
 from recipes.sharded import Sharded, clip_gradients
@@ -98,7 +98,7 @@ class Uptraining(LightningModule):
             strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return build_optimizer(self.model, self.stages[0].optimizer["method"])
 
     def on_fit_start(self) -> None:
         strategy = self.trainer.strategy
@@ -167,7 +167,8 @@ class Uptraining(LightningModule):
             optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
             if number and self.global_step == stage.first:
                 optimizer.state.clear()
-            configure(optimizer, **{key: stage.optimizer[key] for key in ("betas", "eps", "weight_decay")})
+            settings = ("betas", "eps", "weight_decay", "momentum")
+            configure(optimizer, **{key: stage.optimizer[key] for key in settings if key in stage.optimizer})
             trained = set(self._trained[number])
             if stage.trains_layers_alone:
                 assert objective.layers is not None
@@ -206,9 +207,9 @@ class Uptraining(LightningModule):
         for reading in self._readings.take(but=1):
             self._read(reading)
 
-    def _skips_on_device(self, optimizer: Any) -> bool:
-        fused = type(optimizer) is torch.optim.AdamW and bool(optimizer.defaults["fused"])
-        return fused and self.device.type == "cuda" and not isinstance(self.trainer.strategy, Sharded)
+    def _skips_on_device(self, optimizer: torch.optim.Optimizer) -> bool:
+        on_gpu = self.device.type == "cuda" and not isinstance(self.trainer.strategy, Sharded)
+        return on_gpu and skips_on_device(optimizer)
 
     def _read(self, reading: Reading) -> None:
         numbers = reading.numbers

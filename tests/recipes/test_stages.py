@@ -23,6 +23,7 @@ from tests.support.tiny_llama import save_tiny_llama
 REPOSITORY = Path(__file__).parents[2]
 
 OPTIMIZER = {
+    "method": "adamw",
     "lr": 1.0,
     "betas": [0.9, 0.95],
     "eps": 1e-8,

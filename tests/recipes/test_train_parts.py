@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from recipes.length import training_steps
-from recipes.optim import adamw, configure, learning_rate_factor
+from recipes.optim import build_optimizer, configure, learning_rate_factor
 from recipes.trainer import choose_precision
 from recipes.windows import Windows
 
@@ -64,7 +64,7 @@ def test_the_learning_rate_warms_up_and_then_falls_along_a_cosine_or_stays():
 def test_norms_and_biases_do_not_decay_and_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     model[2].requires_grad_(False)
-    optimizer = adamw(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = build_optimizer(model, "adamw")
     configure(optimizer, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.3)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {
