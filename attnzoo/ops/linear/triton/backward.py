@@ -37,7 +37,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
     packed = x.cu_seqlens is not None  # then there may be rows that no program writes
     d_q, d_k, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (x.q, x.k, x.v))
-    dots = x.total.new_empty(x.total.shape)
+    dots = x.inverses.new_empty(x.inverses.shape)
     d_s0, d_z0 = (t.new_empty(0 if x.s0 is None and causal else t.shape) for t in (x.s1, x.z1))
     before: tuple[Tensor | None, ...] = (x.s0, x.z0, None, None)
     after: tuple[Tensor | None, ...] = (x.d_s1, x.d_z1, None, None)
@@ -58,7 +58,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             x.v,
             x.d_out,
             None if parts.several or not causal else x.out,
-            x.total,
+            x.inverses,
             dots,
             d_q,
             *before,
@@ -90,7 +90,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             x.k,
             x.v,
             x.d_out,
-            x.total,
+            x.inverses,
             dots,
             d_k,
             *after,
@@ -105,7 +105,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
             x.q,
             x.k,
             x.d_out,
-            x.total,
+            x.inverses,
             d_v,
             after[0],
             after[2],
@@ -146,7 +146,7 @@ def sum_gradients(
         x.q,
         x.d_out,
         x.out,
-        x.total,
+        x.inverses,
         dots,
         sums,
         z_sums,

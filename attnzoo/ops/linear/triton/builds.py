@@ -10,7 +10,7 @@ from attnzoo.ops.launching import Build, Builds
 from attnzoo.ops.linear.triton.launch import constants, state_constants
 from attnzoo.ops.linear.triton.shapes import configure
 
-_STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "total", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
+_STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "inverses", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
 _FLOATS = ("top", "row_sums", "gain", "log_decay")
 _INTEGERS = ("lengths", "cu_seqlens", "table", "firsts", "arg")
 _INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "f_q", "f_k", "d_fq", "d_fk")

@@ -43,7 +43,7 @@ def attend(
     (batch, heads, length, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     config = configure(dim, v_dim, q.dtype, v.dtype)
     parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens)
-    out, total, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
+    out, inverses, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
     with on_device_of(q):
@@ -61,7 +61,7 @@ def attend(
             k,
             v,
             out,
-            total,
+            inverses,
             *before,
             s1,
             z1,
@@ -86,20 +86,20 @@ def attend(
                 FULL=is_full(length, config, lengths, cu_seqlens),
             ),
         )
-    return out, total, s1, z1, sums, z_sums
+    return out, inverses, s1, z1, sums, z_sums
 
 
 def outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for output, normaliser and state. Only packed sequences leave rows that no program writes."""
+    """Room for output, 1 / the normaliser and state. Only packed sequences leave rows that no program writes."""
     batch, kv_heads, _, dim = k.shape
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = empty_like_heads(q, v.shape[3], v.dtype, zero=cu_seqlens is not None)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    total = torch.empty(q.shape[:3] if normalize else 0, **wide)
+    inverses = torch.empty(q.shape[:3] if normalize else 0, **wide)
     s1 = torch.empty(states, kv_heads, dim, v.shape[3], **wide)
-    return out, total, s1, torch.empty((states, kv_heads, dim) if normalize else 0, **wide)
+    return out, inverses, s1, torch.empty((states, kv_heads, dim) if normalize else 0, **wide)
 
 
 def sum_keys(

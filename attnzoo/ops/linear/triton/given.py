@@ -16,7 +16,7 @@ class Given(NamedTuple):
     d_s1: Tensor | None
     d_z1: Tensor | None
     out: Tensor
-    total: Tensor
+    inverses: Tensor
     s1: Tensor
     z1: Tensor
     sums: Tensor

@@ -44,14 +44,14 @@ def hybrid_attention_triton(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output; `[B, Hq, S]` of the normaliser, the largest near score and its key; the sums of the parts."""
+    """Output; `[B, Hq, S]` of 1 / the normaliser, the largest near score and its key; the sums of the parts."""
     from attnzoo.ops.linear.triton import kernels_hybrid as kernels
 
     q, k, v, f_q, f_k = (rows_contiguous(t) for t in (q, k, v, f_q, f_k))
     config, parts = _plan(q, v, f_q, k, cu_seqlens)
     packed = cu_seqlens is not None
     out = empty_like_heads(q, v.shape[3], v.dtype, zero=packed)
-    total, top = (torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    inverses, top = (torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     arg = torch.zeros(q.shape[:3], dtype=torch.int32, device=q.device)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
@@ -66,7 +66,7 @@ def hybrid_attention_triton(
             f_k,
             gain.contiguous(),
             out,
-            total,
+            inverses,
             top,
             arg,
             sums if parts.several else None,
@@ -82,14 +82,14 @@ def hybrid_attention_triton(
             scale,
             **kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1]),
         )
-    return out, total, top, arg, sums, z_sums
+    return out, inverses, top, arg, sums, z_sums
 
 
 @torch.library.custom_op("attnzoo::hybrid_attention_triton_backward", mutates_args=())
 def hybrid_attention_triton_backward(
     d_out: Tensor,
     out: Tensor,
-    total: Tensor,
+    inverses: Tensor,
     top: Tensor,
     arg: Tensor,
     sums: Tensor,
@@ -113,7 +113,7 @@ def hybrid_attention_triton_backward(
     config, parts = _plan(q, v, f_q, k, cu_seqlens)
     packed = cu_seqlens is not None
     d_q, d_k, d_v, d_fq, d_fk = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (q, k, v, f_q, f_k))
-    dots, row_sums = torch.zeros_like(total), torch.zeros_like(total)
+    dots, row_sums = torch.zeros_like(inverses), torch.zeros_like(inverses)
     gain = gain.contiguous()
     options = kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1])
     where = (key_lengths, cu_seqlens, parts.table)
@@ -121,9 +121,9 @@ def hybrid_attention_triton_backward(
     late: tuple[Tensor | None, Tensor | None] = (None, None)
     with on_device_of(q):
         if parts.several:
-            none = total.new_empty(0)
+            none = inverses.new_empty(0)
             given = Given(
-                d_out, None, None, out, total, none, none, none, none, f_q, f_k, v, None, None, None, *where[:2]
+                d_out, None, None, out, inverses, none, none, none, none, f_q, f_k, v, None, None, None, *where[:2]
             )
             late = sum_gradients(given, dots, feature_map, True, 1.0, parts, config, lag=window)
         kernels.hybrid_grad_queries[(parts.programs, q.shape[1])](
@@ -135,7 +135,7 @@ def hybrid_attention_triton_backward(
             gain,
             d_out,
             out,
-            total,
+            inverses,
             top,
             arg,
             dots,
@@ -157,7 +157,7 @@ def hybrid_attention_triton_backward(
             f_k,
             gain,
             d_out,
-            total,
+            inverses,
             top,
             arg,
             dots,
@@ -203,7 +203,7 @@ def _(q, k, v, f_q, f_k, gain, key_lengths, cu_seqlens, window, feature_map, sca
 
 
 @hybrid_attention_triton_backward.register_fake
-def _(d_out, out, total, top, arg, sums, z_sums, q, k, v, f_q, f_k, gain, *rest):  # type: ignore[no-untyped-def]
+def _(d_out, out, inverses, top, arg, sums, z_sums, q, k, v, f_q, f_k, gain, *rest):  # type: ignore[no-untyped-def]
     return *(empty_like_heads(t, t.shape[3], t.dtype) for t in (q, k, v, f_q, f_k)), gain.new_empty(gain.shape)
 
 

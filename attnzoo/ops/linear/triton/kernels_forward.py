@@ -133,7 +133,7 @@ def attend(
     k,
     v,
     out,
-    total,
+    inverses,
     s0,
     z0,
     sums,
@@ -175,7 +175,7 @@ def attend(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [B, Hq, S, DV], total [B, Hq, S] (the normaliser), and the last state s1, z1.
+    """out [B, Hq, S, DV], inverses [B, Hq, S] of the normaliser, and the last state s1, z1.
 
     Without causality all queries read the state s0, and there are no keys, values and last state.
     """
@@ -191,7 +191,7 @@ def attend(
     k = head_base(k, row, head, k_b, k_h)
     v = head_base(v, row, head, v_b, v_h) + v0
     out = head_base(out, row, q_head, o_b, o_h) + v0
-    total = total + (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
+    inverses = inverses + (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
     rate = None
     if log_decay is not None:
         rate = tl.load(log_decay + head).to(tl.float32)
@@ -239,9 +239,10 @@ def attend(
         if NORMALIZE:
             if not FULL:
                 weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
-            read = scale_tokens(read, inverse_or_zero(weight), STATE_FIRST)
+            inverse = inverse_or_zero(weight)
+            read = scale_tokens(read, inverse, STATE_FIRST)
             if v0 == 0:
-                store_tokens(total, first, begin, stop, weight, CHUNK, FULL)
+                store_tokens(inverses, first, begin, stop, inverse, CHUNK, FULL)
         elif FULL:
             read = read * scale
         else:

@@ -34,7 +34,7 @@ def grad_keys(
     k,
     v,
     d_out,
-    total,
+    inverses,
     dots,
     d_k,
     d_s1,
@@ -137,7 +137,7 @@ def grad_keys(
             queries = load_features(own, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
             given = head_base(d_out, row, q_head, do_b, do_h)
             upstream = load_tile(given, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
-            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
+            inverse = load_inverse(inverses + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
             columns = tl.trans((queries * inverse[:, None]).to(COMPUTE))  # [BD, queries]
             d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
             if NORMALIZE:
@@ -168,7 +168,7 @@ def grad_values(
     q,
     k,
     d_out,
-    total,
+    inverses,
     d_v,
     d_s1,
     sums,
@@ -238,7 +238,7 @@ def grad_values(
             queries = load_features(own, q_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
             given = head_base(d_out, row, q_head, do_b, do_h) + v0
             upstream = load_tile(given, do_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
-            inverse = load_inverse(total + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
+            inverse = load_inverse(inverses + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
             queries = (queries * inverse[:, None]).to(COMPUTE)
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [queries, keys]
             weights = mask_weights(weights, rate, False, CHUNK).to(COMPUTE)

@@ -16,7 +16,6 @@ from attnzoo.ops.linear.triton.tiles import (
     decay_since,
     decay_until,
     head_base,
-    inverse_or_zero,
     load_features,
     load_tile,
     locate,
@@ -30,10 +29,10 @@ from attnzoo.ops.linear.triton.tiles import (
 
 
 @triton.jit
-def load_inverse(total, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
-    """1 / t, or the scale; 0 outside the rows [low, high)."""
+def load_inverse(inverses, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """1 / t as the forward found it, or the scale; 0 outside the rows [low, high)."""
     if NORMALIZE:
-        factor = inverse_or_zero(load_tokens(total, first, low, high, CHUNK, FULL))
+        factor = load_tokens(inverses, first, low, high, CHUNK, FULL)
     elif FULL:
         factor = tl.full([CHUNK], 1.0, tl.float32) * scale
     else:
@@ -88,7 +87,7 @@ def sum_gradient_parts(
     q,
     d_out,
     out,
-    total,
+    inverses,
     dots,
     sums,
     z_sums,
@@ -145,7 +144,7 @@ def sum_gradient_parts(
         queries = load_features(own, q_s, late, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
         given = head_base(d_out, row, q_head, do_b, do_h)
         upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
-        factor = load_inverse(total + at, late, begin, end, scale, NORMALIZE, CHUNK, FULL)
+        factor = load_inverse(inverses + at, late, begin, end, scale, NORMALIZE, CHUNK, FULL)
         if log_decay is not None:
             factor = factor * decay_since(rate, CHUNK)
             if step % GROUP == 0:
@@ -170,7 +169,7 @@ def grad_queries(
     v,
     d_out,
     out,
-    total,
+    inverses,
     dots,
     d_q,
     s0,
@@ -231,7 +230,7 @@ def grad_queries(
     if out is not None:
         out = head_base(out, row, q_head, o_b, o_h)
     d_q = head_base(d_q, row, q_head, dq_b, dq_h) + d0
-    total, dots = total + at, dots + at
+    inverses, dots = inverses + at, dots + at
     rate = None
     if log_decay is not None:
         rate = tl.load(log_decay + head).to(tl.float32)
@@ -244,7 +243,7 @@ def grad_queries(
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
         upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
-        inverse = load_inverse(total, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
+        inverse = load_inverse(inverses, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
         d_features = tl.dot(s.to(COMPUTE), tl.trans(upstream), input_precision=PRECISION)  # [BD, CHUNK]
         if NORMALIZE:
             if out is not None:

@@ -63,7 +63,7 @@ def hybrid_attend(
     f_k,
     gain,
     out,
-    total,
+    inverses,
     top,
     arg,
     sums,
@@ -106,7 +106,7 @@ def hybrid_attend(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [B, Hq, S, DV]; [B, Hq, S] of the normaliser, the largest near score (of base 2) and the key that has it."""
+    """out [B, Hq, S, DV]; [B, Hq, S] of 1 / the normaliser, the largest near score (base 2) and the key that has it."""
     q_head = tl.program_id(1)
     head = q_head // GROUP
     kv_heads = tl.num_programs(1) // GROUP
@@ -160,9 +160,10 @@ def hybrid_attend(
             sum_near = sum_near * shrink + tl.sum(p, 1)
             best = highest
         weight = tl.where(row_mask(first, begin, end, CHUNK), weight + factor * sum_near, 0.0)
-        result = (far + factor * near) * inverse_or_zero(weight)[:, None]
+        inverse = inverse_or_zero(weight)
+        result = (far + factor * near) * inverse[:, None]
         store_tile(out, o_s, first, begin, stop, DV, result, CHUNK, BV, BV == DV, False)
         rows, mask = at + first + tl.arange(0, CHUNK), row_mask(first, begin, stop, CHUNK)
-        tl.store(total + rows, weight, mask=mask)
+        tl.store(inverses + rows, inverse, mask=mask)
         tl.store(top + rows, best, mask=mask)
         tl.store(arg + rows, holder, mask=mask)

@@ -36,7 +36,7 @@ def hybrid_grad_queries(
     gain,
     d_out,
     out,
-    total,
+    inverses,
     top,
     arg,
     dots,
@@ -116,7 +116,7 @@ def hybrid_grad_queries(
     start = begin + place * part
     for first in range(start, tl.minimum(start + part, stop), CHUNK):
         upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
-        inverse = load_inverse(total + at, first, begin, end, 1.0, True, CHUNK, False)
+        inverse = load_inverse(inverses + at, first, begin, end, 1.0, True, CHUNK, False)
         found = find_dots(
             upstream, out, o_s, dots + at, first, begin, end, DV, True, BV, BV == DV, CHUNK, False, PRECISION
         )
@@ -166,7 +166,7 @@ def hybrid_grad_keys(
     f_k,
     gain,
     d_out,
-    total,
+    inverses,
     top,
     arg,
     dots,
@@ -259,7 +259,7 @@ def hybrid_grad_keys(
             late = first + window
             queries = load_features(own_f, fq_s, late, begin, end, F, CHUNK, BF, BF == F, False, MAP, COMPUTE)
             upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
-            inverse = load_inverse(total + at, late, begin, end, 1.0, True, CHUNK, False)
+            inverse = load_inverse(inverses + at, late, begin, end, 1.0, True, CHUNK, False)
             found = load_tokens(dots + at, late, begin, end, CHUNK, False)
             queries = (queries * inverse[:, None]).to(COMPUTE)
             weights = tl.dot(mapped, tl.trans(queries), input_precision=PRECISION)
@@ -279,7 +279,7 @@ def hybrid_grad_keys(
                 taken = tl.load(row_sums + rows, mask=real, other=0.0)
                 near_queries = load_tile(own_q, q_s, other, begin, end, D, CHUNK, BD, BD == D, False).to(COMPUTE)
                 near_up = load_tile(given, do_s, other, begin, end, DV, CHUNK, BV, BV == DV, False).to(COMPUTE)
-                near_inverse = load_inverse(total + at, other, begin, end, 1.0, True, CHUNK, False)
+                near_inverse = load_inverse(inverses + at, other, begin, end, 1.0, True, CHUNK, False)
                 near_found = load_tokens(dots + at, other, begin, end, CHUNK, False)
                 scores = tl.dot(keys, tl.trans(near_queries), input_precision=PRECISION) * (scale * 1.4426950408889634)
                 seen = seen_near(other, first, window, end, CHUNK, True)

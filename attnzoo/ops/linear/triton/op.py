@@ -54,7 +54,7 @@ def linear_attention_triton(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, normaliser `[B, Hq, Sq]`, the new state, and the sums of the parts; what there is not is empty."""
+    """Output, 1 / the normaliser `[B, Hq, Sq]`, the new state, the sums of the parts; what there is not is empty."""
     return attend(q, k, v, s, z, log_decay, key_lengths, cu_seqlens, feature_map, normalize, causal, scale)
 
 
@@ -64,7 +64,7 @@ def linear_attention_triton_backward(
     d_s1: Tensor | None,
     d_z1: Tensor | None,
     out: Tensor,
-    total: Tensor,
+    inverses: Tensor,
     s1: Tensor,
     z1: Tensor,
     sums: Tensor,
@@ -84,7 +84,7 @@ def linear_attention_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state; the last two are empty where there is none."""
     given = Given(
-        d_out, d_s1, d_z1, out, total, s1, z1, sums, z_sums, q, k, v, s, z, log_decay, key_lengths, cu_seqlens
+        d_out, d_s1, d_z1, out, inverses, s1, z1, sums, z_sums, q, k, v, s, z, log_decay, key_lengths, cu_seqlens
     )
     return gradients(given, feature_map, normalize, causal, scale)
 
@@ -112,9 +112,9 @@ def _(q, k, v, s, z, log_decay, key_lengths, cu_seqlens, feature_map, normalize,
 
 
 @linear_attention_triton_backward.register_fake
-def _(d_out, d_s1, d_z1, out, total, s1, z1, sums, z_sums, q, k, v, s, z, *rest):  # type: ignore[no-untyped-def]
-    d_s = total.new_empty(0 if s is None else s.shape)
-    d_z = total.new_empty(0 if z is None else z.shape)
+def _(d_out, d_s1, d_z1, out, inverses, s1, z1, sums, z_sums, q, k, v, s, z, *rest):  # type: ignore[no-untyped-def]
+    d_s = inverses.new_empty(0 if s is None else s.shape)
+    d_z = inverses.new_empty(0 if z is None else z.shape)
     return *(empty_like_heads(t, t.shape[3], t.dtype) for t in (q, k, v)), d_s, d_z
 
 
@@ -124,7 +124,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.rest = inputs[8:]
 
 
-def _backward(ctx, d_out, d_total, d_s, d_z, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_out, d_inverses, d_s, d_z, *_):  # type: ignore[no-untyped-def]
     out, *saved = ctx.saved_tensors
     s, z = saved[8:10]
     d_out = torch.zeros_like(out) if d_out is None else d_out
