@@ -137,16 +137,22 @@ MASKS = [
 ]  # fmt: skip
 LONG = [  # many tiles each way: only on a GPU
     Case(f"{name}, long", mask=mask, heads=(6, 2), lengths=lengths, dims=dims, options=options, batch=batch)
-    for dims in ((64, 64), (128, 128), (192, 128), (256, 256))
+    for dims in ((64, 64), (96, 80), (128, 128), (192, 128), (256, 256))
     for name, mask, lengths, options, batch in (
         ("full", None, (521, 769), {}, 2),
         ("causal", Causal(), (769, 769), {}, 2),
         ("causal, more keys", Causal(), (257, 769), {"softcap": 5.0}, 2),
         ("causal, more queries", Causal(), (769, 257), {"sinks": draw(6)}, 2),
+        ("softcap", Causal(), (769, 769), {"softcap": 5.0}, 2),
+        ("sinks", Full(), (769, 769), {"sinks": draw(6)}, 2),
         ("window", SlidingWindow(200), (769, 769), {}, 2),
+        ("both sides, square", SlidingWindow(130, ahead=150), (769, 769), {}, 2),
         ("both sides", SlidingWindow(130, ahead=150), (769, 640), {}, 2),
         ("padding", Causal(), (769, 769), {"key_lengths": torch.tensor([640, 300])}, 2),
         ("packed", Causal(), (769, 769), {"cu_seqlens_q": torch.tensor([0, 100, 100, 101, 600, 700])}, 1),
+        ("packed, window, softcap, sinks", SlidingWindow(90, ahead=20), (769, 769), {
+            "cu_seqlens_q": torch.tensor([0, 5, 5, 300, 769]), "softcap": 5.0, "sinks": draw(6)
+        }, 1),
         ("dilated", Dilated(70, 3), (769, 769), {}, 2),
         ("Longformer", longformer(256, (0, 400)), (769, 769), {}, 2),
         ("BigBird", big_bird(64, random=1, length=768), (768, 768), {}, 2),
