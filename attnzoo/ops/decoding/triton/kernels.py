@@ -181,13 +181,16 @@ def decode_kernel(
 
     if INTEGER:
         b_acc = tl.interleave(tl.interleave(acc_0, acc_2), tl.interleave(acc_1, acc_3))
-    if RECENT:  # the last split reads the newest tokens too
-        low = tl.where(i_split == splits - 1, tl.maximum(first, fresh), last)
+    if RECENT:  # each split reads some of the newest tokens too
+        newest = tl.maximum(first, fresh)
+        each = tl.cdiv(tl.cdiv(tl.maximum(last - newest, 0), splits), 16) * 16
+        low = newest + i_split * each
+        high = tl.minimum(low + each, last)
         RECENT_K += (row * k_heads + head) * recent_size * D
         RECENT_V += (row * k_heads + head) * recent_size * DV
-        for n0 in range(low, last, 16):  # small tiles: these few tokens must not cost the other loops registers
+        for n0 in range(low, high, 16):  # small tiles: these few tokens must not cost the other loops registers
             n = n0 + tl.arange(0, 16)
-            live = n < last
+            live = n < high
             fresh_slot = n % recent_size
             b_k = load_vectors(RECENT_K, row * 0, fresh_slot, D, o_d, live, D, BLOCK_D)
             b_v = load_vectors(RECENT_V, row * 0, fresh_slot, DV, o_dv, live, DV, BLOCK_DV)
