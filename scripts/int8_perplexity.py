@@ -143,8 +143,8 @@ def write(path: Path, run: dict[str, Any], found: list[dict[str, Any]], device: 
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit,
     }
+    found = [row | {"commit": commit} for row in found]
     new = {(row["cached"], *run.values()) for row in found}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if (row["cached"], *(row[name] for name in run)) not in new]
