@@ -114,7 +114,7 @@ def gqa_paper(results: Results) -> Figure:
         axes.set_xlabel("key/value heads", color=TEXT)
     for axes in (alphas, heads, speed):
         quiet(axes, grid="y")
-        if axes is not speed:
+        if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     return figure
 
