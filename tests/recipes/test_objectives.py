@@ -160,6 +160,16 @@ def test_a_batch_costs_what_its_pieces_cost(folder, terms):
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "own"])
+def test_layers_are_compared_alike_by_models_that_take_one_document_at_a_time(folder, inputs):
+    losses = []
+    for ours, theirs in (("attnzoo", "attnzoo"), ("sdpa", "attnzoo"), ("attnzoo", "sdpa")):
+        student = attnzoo.convert(load(folder, ours), GQA(num_kv_heads=1)).train()
+        made = objective({"layers": {"inputs": inputs}}, student, Teacher(load(folder, theirs)))
+        losses.append(made(student, BATCH).total)
+    torch.testing.assert_close(losses[1:], [losses[0]] * 2)
+
+
+@pytest.mark.parametrize("inputs", ["teacher", "own"])
 def test_gradient_checkpointing_changes_no_gradient(folder, inputs):
     student, teacher = student_of(folder), Teacher(load(folder))
     made = objective({"layers": {"inputs": inputs}, "kl": {}}, student, teacher)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipes import build
 from recipes.models import load_model
 from recipes.run_folder import RunFolder
 from recipes.uptrain import uptrain
@@ -132,3 +133,22 @@ def test_the_factors_of_latent_attention_are_balanced_without_a_change_of_the_lo
         keys = down[8:].unflatten(0, (2, 2)).square().mean((0, 2))
         queries = attention.q_proj.weight.unflatten(0, (4, -1))[:, -4:].unflatten(1, (2, 2)).square().mean((0, 1, 3))
         torch.testing.assert_close(keys, queries, atol=0, rtol=1e-5)
+
+
+def test_stored_probabilities_are_made_once_for_runs_with_other_seeds_and_batches(tiny, tmp_path, monkeypatch):
+    loaded = []
+
+    def counted(*args, original=build.build_teacher):
+        loaded.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(build, "build_teacher", counted)
+    common = ["objective=kl_topk", "objective.kl_topk.k=8", f"teacher.cache={tmp_path / 'store'}", "max_steps=20"]
+    made, found = run(tiny, tmp_path / "first", *common)
+    assert len(loaded) == 1
+    assert found["uptrained"]["cross_entropy"] < found["converted"]["cross_entropy"]
+    assert not list((made.path).glob("**/*teacher*"))
+    run(tiny, tmp_path / "second", *common, "seed=1", "batch.size=1", "batch.accumulate=2", "max_steps=10")
+    assert len(loaded) == 1
+    with pytest.raises(ValueError, match="k: 8 there, 4 now"):
+        run(tiny, tmp_path / "third", *common, "objective.kl_topk.k=4")
