@@ -119,7 +119,7 @@ class Uptraining(LightningModule):
         self.model.zero_grad()
         held = torch.full((), sum(batch["input_ids"].numel() for batch in window), device=self.device)
         counts = torch.stack([sum(map(count_targets, window)), held])  # type: ignore[list-item]
-        targets, tokens = self.sum_over_ranks(counts)
+        targets, tokens = self.sum_over_ranks(counts).clamp(min=1)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(window, start=1):
             with self._without_sync(number < len(window)):
