@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 
     def whole(self) -> Tensor:
         parts = [file.get_tensor(self.name) for file in self.files]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts, self.dim)  # no view of the file
 
     def shape(self) -> tuple[int, ...]:
         """Of the whole."""
@@ -87,7 +87,7 @@ class Stored(NamedTuple):
             begin = end
         if not found:  # a process has no share of a tensor with fewer rows than there are processes
             return self.files[0].get_tensor(self.name).narrow(dim, 0, 0)
-        return found[0] if len(found) == 1 else torch.cat(found, dim)
+        return found[0].clone() if len(found) == 1 else torch.cat(found, dim)
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, processes: Processes | None = None) -> None:

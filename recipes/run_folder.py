@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "trainer.strategy",
     "trainer.reshard_after_forward",
     "trainer.shard_teacher",
+    "trainer.stage",
     "trainer.gradient_checkpointing",
     "speed",
     "common",

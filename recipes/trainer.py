@@ -66,7 +66,7 @@ def build_trainer(
 
 
 def build_strategy(config: Mapping[str, Any]) -> Strategy | str:
-    """Lightning's strategy by a conf/trainer group's: auto, ddp, fsdp, or another one by Lightning's name."""
+    """Lightning's strategy by a conf/trainer group's: auto, ddp, fsdp, deepspeed, or any other of Lightning's names."""
     name = config["strategy"]
     if name == "auto" and parallel.world_size(config) > 1:
         name = "ddp"
@@ -80,12 +80,18 @@ def build_strategy(config: Mapping[str, Any]) -> Strategy | str:
             shard_teacher=config.get("shard_teacher", False),
             process_group_backend=backend,
         )
+    if name == "deepspeed":
+        from recipes.zero import Zero
+
+        clip = config["gradient_clip_norm"]
+        return Zero(stage=config.get("stage", 2), gradient_clip_norm=clip, process_group_backend=backend)
     return name
 
 
 def trained_model(trainer: Trainer, model: PreTrainedModel) -> PreTrainedModel | None:
     """The model that was trained, whole, on the main process; call it in all of them."""
-    return trainer.strategy.gather_model() if isinstance(trainer.strategy, Sharded) else model
+    gather = getattr(trainer.strategy, "gather_model", None)
+    return model if gather is None else gather()
 
 
 def build_loggers(config: Mapping[str, Any] | None, *, folder: Path, first_step: int) -> list[Logger]:
