@@ -131,11 +131,14 @@ def test_heads_of_any_size_up_to_256_run(dim: int) -> None:
 
 
 def test_features_may_be_wider_than_the_values() -> None:
-    q, k, v = (t.float() for t in draw((1, 1), 20, 20, 16, 16))
-    got = ops.linear_attention(q, k, v.half(), backend="triton")
-    want = ops.linear_attention(q, k, v.half(), backend="reference")
+    q, k, v = (t.float().requires_grad_() for t in draw((1, 1), 20, 20, 16, 16))
+    values = v.detach().half().requires_grad_()
+    got = ops.linear_attention(q, k, values, backend="triton")
+    want = ops.linear_attention(q, k, values, backend="reference")
     assert got.dtype == torch.float16
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    grads = [torch.autograd.grad(out.float().square().sum(), (q, k, values)) for out in (got, want)]
+    torch.testing.assert_close(*grads, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("case", ["padded", "packed", "bidirectional"])

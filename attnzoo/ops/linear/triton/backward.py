@@ -31,12 +31,12 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     (batch, heads, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
     config = configure(dim, v_dim, x.q.dtype, x.v.dtype)
     parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens)
-    mean = centre.mean_values(x) if centre.worthwhile(config, feature_map, normalize) else None
-    if mean is not None:
-        x = centre.centred(x, mean, feature_map, parts, config)
     k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
     packed = x.cu_seqlens is not None  # then there may be rows that no program writes
     d_q, d_k, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (x.q, x.k, x.v))
+    mean = centre.mean_values(x) if centre.worthwhile(config, feature_map, normalize) else None
+    if mean is not None:
+        x = centre.centred(x, mean, feature_map, causal)
     dots = x.inverses.new_empty(x.inverses.shape)
     d_s0, d_z0 = (t.new_empty(0 if x.s0 is None and causal else t.shape) for t in (x.s1, x.z1))
     before: tuple[Tensor | None, ...] = (x.s0, x.z0, None, None)

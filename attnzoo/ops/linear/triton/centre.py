@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.linear.common import inverse_or_zero
-from attnzoo.ops.linear.triton.forward import sum_keys
+from attnzoo.ops.linear.triton.forward import attend
 from attnzoo.ops.linear.triton.given import Given
-from attnzoo.ops.linear.triton.shapes import Config, Parts
+from attnzoo.ops.linear.triton.shapes import Config
 
 
 def worthwhile(config: Config, feature_map: str, normalize: bool) -> bool:
     """Whether fp32's last digits are at stake, and the weights are of one sign, so that there is a mean."""
-    return normalize and feature_map != "identity" and (config.compute, config.precision) == (torch.float32, "ieee")
+    return normalize and feature_map != "identity" and config.compute == torch.float32 and config.precision != "tf32"
 
 
 def mean_values(x: Given) -> Tensor:
@@ -26,18 +26,16 @@ def mean_values(x: Given) -> Tensor:
     return x.s1.sum((0, 2)) * inverse_or_zero(x.z1.sum((0, 2)))[:, None]
 
 
-def centred(x: Given, mean: Tensor, feature_map: str, parts: Parts, config: Config) -> Given:
-    """The same call with values, outputs and states less the mean: s - z mean^T."""
+def centred(x: Given, mean: Tensor, feature_map: str, causal: bool) -> Given:
+    """The same call with values, outputs and states (s - z mean^T) less the mean, found anew for their last digits."""
     v = x.v - mean[:, None]
-    out = x.out - mean.repeat_interleave(x.group, 0)[:, None]
-    s1 = x.s1 - x.z1[..., None] * mean[:, None]
     s0 = None if x.s0 is None or x.z0 is None else x.s0 - x.z0[..., None] * mean[:, None]
+    out, _, s1, _, sums, _ = attend(
+        x.q, x.k, v, s0, x.z0, x.log_decay, x.lengths, x.cu_seqlens, feature_map, True, causal, 1.0
+    )
     d_z1 = x.d_z1
     if x.d_s1 is not None:
         d_z1 = passed_on(x.d_s1, mean) + (0 if x.d_z1 is None else x.d_z1)
-    sums = x.sums
-    if sums.numel():
-        sums, _ = sum_keys(x.k, v, x.log_decay, x.lengths, x.cu_seqlens, feature_map, True, parts, config)
     return x._replace(v=v, out=out, s0=s0, s1=s1, d_z1=d_z1, sums=sums)
 
 

@@ -72,7 +72,7 @@ def find_dots(
     In fp32 summed as a product sums do . v, so that where an output is nearly one value they differ by as little.
     """
     o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN, FULL)
-    if upstream.dtype == tl.float32 and PRECISION == "ieee":
+    if upstream.dtype == tl.float32 and PRECISION != "tf32":
         products = tl.dot(upstream, tl.trans(o.to(tl.float32)), input_precision=PRECISION)
         row = tl.arange(0, CHUNK)
         found = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
