@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from attnzoo import ops
 from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
+from tests.ops.softmax.test_triton import LONG
+from tests.support.attention import Case, assert_matches
 
 pytest.importorskip("triton")
 
@@ -20,6 +23,41 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
     ),
 ]
+
+
+SQUARE = [
+    case
+    for case in LONG
+    if case.dims[0] <= 128
+    and case.name.removesuffix(", long")
+    in (
+        "full",
+        "causal",
+        "softcap",
+        "sinks",
+        "window",
+        "both sides, square",
+        "packed",
+        "packed, window, softcap, sinks",
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def _short_calls_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from attnzoo.ops.softmax.triton import hopper_launch, launch
+
+    monkeypatch.setattr(hopper_launch, "LEAST_REACH", 0)
+    launch._RECORDED.clear()
+    yield
+    launch._RECORDED.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SQUARE, ids=lambda case: f"{case.name}, {case.dims}")
+def test_output_logsumexp_and_gradients_are_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert_matches(case.draw(dtype), case.settings(), lse_weight=case.d_lse)
 
 
 def draw(length: int = 700, heads: int = 4, k_heads: int = 2, dim: int = 128, **options: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
 from attnzoo.ops.softmax.triton.documents import clear_tail_kernel, document_tiles_kernel
 from attnzoo.ops.softmax.triton.forward import forward_kernel
 from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
+from attnzoo.ops.softmax.triton.hopper_keys import hopper_keys_kernel
+from attnzoo.ops.softmax.triton.hopper_queries import hopper_queries_kernel
 from attnzoo.ops.softmax.triton.key_gradient import key_gradient_kernel
 from attnzoo.ops.softmax.triton.query_gradient import query_gradient_kernel
 
@@ -57,13 +59,14 @@ def builds() -> Builds:
         options = ("slopes", "bias", "dense", "key_lengths", "seed", *(("sinks",) if name == "forward" else ()))
         yield _build(f"{name} all options", kernel, (64, 32, 4, 1), options, D=192, DV=128)
     yield _build("forward wide", forward_kernel, (64, 32, 8, 1), RIGHT=True, D=576, DV=512)
-    for name, wide, options, given in (
-        ("causal", 128, (), {}),
-        ("window, sinks", 128, ("sinks",), {"LEFT": True}),
-        ("packed softcap", 128, ("documents", "softcap"), {"BOUNDED": True}),
-        ("narrow", 64, (), {"CONSUMERS": 3, "STAGES": 3}),
+    for name, kernel in (
+        ("hopper_forward", hopper_forward_kernel),
+        ("hopper_queries", hopper_queries_kernel),
+        ("hopper_keys", hopper_keys_kernel),
     ):
-        yield _hopper(f"hopper_forward {name}", wide, options, **given)
+        yield _hopper(name, kernel, 128)
+        yield _hopper(name, kernel, 128, ("documents", "softcap"), LEFT=True)
+        yield _hopper(name, kernel, 64, CONSUMERS=3, STAGES=3)
     table = {"entries": "*i32", "cu_q": "*i32", "cu_k": "*i32", "documents": "i32"}
     constants = {"BLOCK": 128, "DOCUMENTS": 64}
     signature = table | dict.fromkeys(constants, "constexpr")
@@ -127,22 +130,28 @@ def _build(
     return Build(name, kernel, signature, _known(kernel, constants), warps, stages, least)
 
 
-def _hopper(name: str, wide: int, options: tuple[str, ...], **given: Any) -> Build:
-    """The Hopper kernel with these of its options."""
-    kernel = hopper_forward_kernel
+def _hopper(name: str, kernel: Any, wide: int, options: tuple[str, ...] = (), **given: Any) -> Build:
+    """A kernel for Hopper GPUs with these of its options, for heads of this width."""
     constants: dict[str, Any] = {
-        **{"DV": wide, "BLOCK": wide, "N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": True, "BOUNDED": False},
-        **{"LEFT": False, "RIGHT": True},
+        **{"D": wide, "DV": wide, "BLOCK": wide, "M": 64, "N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": True},
+        **{"BOUNDED": "softcap" in options, "LEFT": False, "RIGHT": True},
     } | given
-    absent = {option: None for option in ("sinks", "documents", "softcap") if option not in options}
-    known = {"lse": "*fp32", "sinks": "*fp32", "out": "*bf16", "documents": "*i32", "scale": "fp32", "softcap": "fp32"}
-    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
-    for argument in ("q_tiles", "k_tiles", "v_tiles", "out_tiles"):
-        rows = constants["N"] if argument in ("k_tiles", "v_tiles") else 64
-        known[argument] = f"tensordesc<bf16[1, 1, {rows}, {wide}],{layout}>"
-    constants |= absent
+    constants |= {option: None for option in ("sinks", "documents", "softcap", "d_lse") if option not in options}
+    known = dict.fromkeys(("lse", "lse2", "delta", "d_lse", "sinks"), "*fp32")
+    known |= dict.fromkeys(("out", "d_out", "d_q", "d_k", "d_v"), "*bf16")
+    known |= {"documents": "*i32"} | dict.fromkeys(("scale", "factor", "softcap"), "fp32")
+    swizzled = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    plain = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)"
+    walked = constants["M"] if kernel is hopper_keys_kernel else constants["N"]
+    by_queries = ("k_tiles", "v_tiles") if kernel is not hopper_keys_kernel else ("q_tiles", "do_tiles")
+    for argument in ("q_tiles", "k_tiles", "v_tiles", "do_tiles", "out_tiles"):
+        rows = walked if argument in by_queries else 64
+        known[argument] = f"tensordesc<bf16[1, 1, {rows}, {wide}],{swizzled}>"
+    for argument in ("lse2_tiles", "delta_tiles"):
+        known[argument] = f"tensordesc<fp32[1, {walked}],{plain}>"
     signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
-    return Build(name, kernel, signature, constants, least=90, most=90)
+    suffix = ", ".join((*options, *given))
+    return Build(f"{name} {wide} {suffix}".strip(), kernel, signature, _known(kernel, constants), least=90, most=90)
 
 
 def _known(kernel: Any, constants: Mapping[str, Any]) -> dict[str, Any]:

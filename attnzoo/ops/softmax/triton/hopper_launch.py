@@ -17,13 +17,11 @@ from attnzoo.ops.softmax.triton.documents import document_tiles_kernel
 from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
 from attnzoo.ops.softmax.triton.hopper_keys import hopper_keys_kernel
 from attnzoo.ops.softmax.triton.hopper_queries import hopper_queries_kernel
-from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, ends_of
+from attnzoo.ops.softmax.triton.shapes import Arguments, Pattern, ends_of, reach_of
 
-ENABLED = False
-QUERIES = False
-QUERY_CUT = (128, 2)
 LEAST_QUERIES = 128  # fewer leave most of a program's rows empty
-CACHE = 32 << 20  # bytes of keys and values that programs side by side may read: most of the L2 cache
+LEAST_REACH = 4096  # keys that a query sees, from which on the gradients, and heads of 64, are faster than elsewhere
+CACHE = 64 << 20  # bytes of keys and values that programs side by side may read: the L2 cache and a little more
 
 
 class Cut(NamedTuple):
@@ -38,7 +36,7 @@ class Cut(NamedTuple):
 def takes(x: Arguments, pattern: Pattern) -> bool:
     """Whether the kernel computes this call: full, causal and window masks, packed or not, with sinks or a softcap, in
     half precision and for heads up to 128 wide."""
-    if not ENABLED or x.q.device.type != "cuda" or interpreted() or capability(x.q.device.index)[0] != 9:
+    if x.q.device.type != "cuda" or interpreted() or capability(x.q.device.index)[0] != 9:
         return False
     extras = (x.bias, x.slopes, x.dense, x.key_lengths, x.seed, pattern.program)
     if any(extra is not None for extra in extras) or pattern.step > 1 or x.scale <= 0:
@@ -51,12 +49,14 @@ def takes(x: Arguments, pattern: Pattern) -> bool:
     # Tiles are read whole: no key in them may be one that nobody sees, which could be NaN.
     if (pattern.left or pattern.right) and not ends_of(x, pattern):
         return False
-    return q_len >= LEAST_QUERIES and all(_can_copy(t) for t in (x.q, x.k, x.v))
+    if q_len < LEAST_QUERIES or (dim <= 64 and reach_of(x, pattern) < LEAST_REACH):
+        return False
+    return all(_can_copy(t) for t in (x.q, x.k, x.v))
 
 
 def cut_of(block: int) -> Cut:
     """By the columns of a tile."""
-    return Cut(128, 3, 3, True) if block == 64 else Cut(64, 3, 2, True)
+    return Cut(128, 3, 3, True) if block == 64 else Cut(128, 2, 2, False)
 
 
 def section_of(x: Arguments, pattern: Pattern) -> int:
@@ -106,7 +106,9 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
 
 def takes_gradients(x: Arguments, pattern: Pattern, d_out: Tensor) -> bool:
     """Whether the backward kernels take this call."""
-    return takes(x, pattern) and ends_of(x, pattern) > 0 and _can_copy(d_out)
+    if x.q.shape[-1] <= 64 or reach_of(x, pattern) < LEAST_REACH or not ends_of(x, pattern):
+        return False
+    return takes(x, pattern) and _can_copy(d_out)
 
 
 def queries(
@@ -124,7 +126,7 @@ def queries(
     """Fill `d_q` and the row statistics that `keys` reads; rows of no document stay as they are."""
     batch, heads, q_len, dim = x.q.shape
     block = 64 if dim <= 64 else 128
-    rows, stages = QUERY_CUT
+    rows, stages = 128, 2
     each = -(-q_len // 128)
     documents = None
     if x.cu_q is not None:

@@ -124,7 +124,7 @@ def _backward(
     x = handed.with_plain_rows(x)
     d_out = handed.plain_rows(d_out)
     pattern = pattern_of(x)
-    if hopper_launch.QUERIES and hopper_launch.takes_gradients(x, pattern, d_out):
+    if hopper_launch.takes_gradients(x, pattern, d_out):
         hopper_launch.queries(x, pattern, out, d_out, lse, d_lse, lse2, delta, d_q, recording)
         return hopper_launch.keys(x, pattern, d_out, lse2, delta, d_k, d_v, recording)
     size = size_of(x, pattern, handed.capability(x))
@@ -153,8 +153,6 @@ def _backward(
     )
     constants["ENDS"] = ends
     _launch(query_gradient_kernel, each * x.q.shape[0] * x.q.shape[1], arguments, constants, tiles, recording)
-    if hopper_launch.takes_gradients(x, pattern, d_out):
-        return hopper_launch.keys(x, pattern, d_out, lse2, delta, d_k, d_v, recording)
     each = handed.tiles_each(x, pattern, x.k.shape[2], key_tiles.n)
     arguments = (
         *(x.q, x.k, x.v, d_out, lse2, delta, d_k, d_v),
@@ -235,7 +233,7 @@ def _key(x: Arguments, *others: Tensor | None) -> tuple[Any, ...] | None:
     tensors = (x.q, x.k, x.v, x.sinks, *others)
     kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
     numbers = (x.mask.text, x.scale, x.softcap, x.dropout_p, precision(x.q.dtype), x.q.device.index)
-    return (*kinds, *numbers, len(others), hopper_launch.ENABLED, hopper_launch.QUERIES)
+    return (*kinds, *numbers, len(others))
 
 
 @contextmanager

@@ -69,13 +69,18 @@ def pattern_of(x: Arguments, *, split: bool = True) -> Pattern:
     return Pattern(False, mask.causal, 0, 0, 1, program, tables, x.cu_q is None)
 
 
+def reach_of(x: Arguments, pattern: Pattern) -> int:
+    """Keys that a query may see, at most; of documents, whose lengths are not known here, on average."""
+    reach = -(-x.k.shape[2] // pattern.step)
+    if x.cu_q is not None:
+        reach = reach // max(1, x.cu_q.shape[0] - 1)
+    return min(reach, pattern.window + pattern.ahead) if pattern.left and pattern.right else reach
+
+
 def size_of(x: Arguments, pattern: Pattern, capability: tuple[int, int]) -> Size:
     """What decides the tiles."""
-    reach = -(-x.k.shape[2] // pattern.step)
-    if pattern.left and pattern.right:
-        reach = min(reach, pattern.window + pattern.ahead)
     plain = x.softcap is None and x.cu_q is None
-    return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach, plain)
+    return Size(x.q.shape[-1], x.v.shape[-1], x.q.dtype, capability, reach_of(x, pattern), plain)
 
 
 def ends_of(x: Arguments, pattern: Pattern) -> int:
