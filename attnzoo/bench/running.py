@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attnzoo.bench import gate, report, table
 from attnzoo.bench.cases import Case, cases
 from attnzoo.bench.contestants import Data, Unavailable, draw, prepare
 
+TURNS = 3  # in which every contestant is timed
 PACKAGES = ("attnzoo", "triton", "flash-attn-4", "fa3-fwd", "nvidia-cutlass-dsl", "quack-kernels")
 Row = dict[str, Any]
 
@@ -81,67 +83,94 @@ def limits() -> dict[str, float]:
     return {"matmul_tflops": round(2 * 8192**3 / product / 1e9, 1), "copy_gbs": round(2 * 2**30 / copy / 1e6, 1)}
 
 
-def milliseconds(function: Callable[[], object]) -> float:
+def milliseconds(function: Callable[[], object], warmup: int = 10, rep: int = 50) -> float:
     """The median of one call, the L2 cache cold each time."""
     from triton.testing import do_bench
 
-    return float(do_bench(function, warmup=10, rep=50, return_mode="median"))
+    return float(do_bench(function, warmup=warmup, rep=rep, return_mode="median"))
 
 
 def time_case(case: Case) -> list[Row]:
-    """Both directions of every contestant on one case, printed as they come."""
+    """Both directions of every contestant on one case, checked first, then timed in turns and printed.
+
+    A GPU that has worked for a while is slower than a rested one, so that whoever is timed first would win: each is
+    timed several times, every time after another one.
+    """
     data = draw(case)
     truth, plain = gate.one_head(case, data, torch.float32), gate.one_head(case, data, torch.bfloat16)
-    flops = case.flops()
     common = {"suite": case.suite, "case": case.name, "kind": case.kind, "dim": case.dim, "length": case.length}
     common |= {"grouped": case.q_heads != case.k_heads}
-    rows = []
+    rows: list[Row] = []
+    runs: dict[str, Callable[[], Tensor]] = {}
     for name in case.contestants:
-        row = common | {"contestant": name} | _time(name, case, data, truth, plain, flops)
-        rows.append(row)
-        print(report.line(row), flush=True)
+        checked, forward = _checked(name, case, data, truth, plain)
+        rows.append(common | {"contestant": name} | checked)
+        if forward is not None:
+            runs[name] = forward
         torch.cuda.empty_cache()
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for turn in range(TURNS):
+        first = turn * len(runs) // TURNS
+        for name in (*list(runs)[first:], *list(runs)[:first]):
+            times[name].append(_times(runs[name], _trains(name), data))
+            torch.cuda.empty_cache()
+    flops = case.flops()
+    for row in rows:
+        for found in times.get(row["contestant"], [])[:1]:
+            for key, factor in (("forward", 1.0), ("backward", 2.5)):
+                if f"{key}_ms" in found:
+                    row[f"{key}_ms"] = median(each[f"{key}_ms"] for each in times[row["contestant"]])
+                    row[f"{key}_tflops"] = factor * flops / row[f"{key}_ms"] / 1e9
+        print(report.line(row), flush=True)
     return rows
 
 
-def _time(
-    name: str, case: Case, data: Data, truth: dict[str, Tensor], plain: dict[str, Tensor], flops: float
-) -> dict[str, Any]:
+def _trains(name: str) -> bool:
+    return not name.endswith(("fa3", "fa3-fwd"))
+
+
+def _checked(
+    name: str, case: Case, data: Data, truth: dict[str, Tensor], plain: dict[str, Tensor]
+) -> tuple[dict[str, Any], Callable[[], Tensor] | None]:
+    """What is known of a contestant before it is timed, and its forward; None if it cannot run or is wrong."""
     first = time.perf_counter()
     try:
         forward = prepare(name, case, data)
-        trains = not name.endswith(("fa3", "fa3-fwd"))
+        trains = _trains(name)
         with torch.set_grad_enabled(trains):
             out = forward()
         found: dict[str, Tensor] = {"out": out}
         if trains:
-            grads = torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)
+            grads = torch.autograd.grad(out, data.leaves, data.d_out)
             found |= dict(zip(("dq", "dk", "dv", "dsinks"), grads, strict=False))
         torch.cuda.synchronize()
     except Unavailable as why:
-        return {"unavailable": str(why)}
+        return {"unavailable": str(why)}, None
     except Exception as error:  # what a peer cannot do is a fact worth a row
-        return {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}, None
     row: dict[str, Any] = {"first_call_s": round(time.perf_counter() - first, 2)}
     if case.dropout_p == 0:
         ratio, where = gate.worst(gate.same_head(case, found), plain, truth)
         row |= {"error_ratio": round(ratio, 3), "error_at": where}
         if not ratio <= 1:
-            return row
-    del found
+            return row, None
+    del found, out
+    return row | (_peak(case, data, forward) if trains else {}), forward
+
+
+def _times(forward: Callable[[], Tensor], trains: bool, data: Data) -> dict[str, float]:
+    """One turn: milliseconds of the forward alone and of the backward."""
 
     def inference() -> Tensor:
         with torch.no_grad():
             return forward()
 
-    row["forward_ms"] = milliseconds(inference)
-    row["forward_tflops"] = flops / row["forward_ms"] / 1e9
+    found = {"forward_ms": milliseconds(inference, 5, 20)}
     if trains:
-        row["backward_ms"] = milliseconds(lambda: torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True))
-        row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
-        del out
-        row |= _peak(case, data, forward)
-    return row
+        out = forward()
+        backward = lambda: torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)  # noqa: E731
+        found["backward_ms"] = milliseconds(backward, 5, 20)
+    return found
 
 
 def _peak(case: Case, data: Data, forward: Callable[[], Tensor]) -> dict[str, float]:

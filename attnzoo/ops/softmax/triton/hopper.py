@@ -376,8 +376,8 @@ def _softmax(
 
 @gluon.jit
 def _exp2_by_turns(x):
-    """2^x of numbers between -126 and 126, every second one by a polynomial: one unit makes exponentials and a softcap's
-    tanh, and both together would keep it busy for as long as the products take."""
+    """2^x of numbers between -126 and 126, every second one by a polynomial: one unit makes exponentials and a tanh,
+    and both together would keep it busy for as long as the products take."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 whole, part, value, exponent;
