@@ -41,16 +41,19 @@ def graphed(model: PreTrainedModel, *, fuse: bool = False) -> Iterator[PreTraine
         nonlocal last
         cache: Any = kwargs.get("past_key_values")
         tokens = kwargs.get("input_ids")
-        if args or not _is_step(cache, tokens, kwargs) or refusal(model, cache) is not None:
+        step = last[0] if last is not None and last[0].cache is cache and last[1] == cache.moved else None
+        taken = not args and _is_step(cache, tokens, kwargs)
+        if not taken or ((step is None or cache.stepping is not step) and refusal(model, cache) is not None):
             if isinstance(cache, HeldCache):
                 cache.settle()
             last = None  # what runs now may put states into new memory
             return forward(*args, **kwargs)
-        if last is None or last[0].cache is not cache or last[1] != cache.moved:
-            last = Step(model, cache, fuse=fuse), cache.moved
+        if step is None:
+            step = Step(model, cache, fuse=fuse)
+            last = step, cache.moved
         model.forward = forward
         try:
-            logits = last[0](tokens)
+            logits = step(tokens)
         finally:
             model.forward = stand_in
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

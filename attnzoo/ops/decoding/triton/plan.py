@@ -97,7 +97,9 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
     if 0 < page < 128:  # a tile of several pages has an address for each token: more warps, fewer of them each
         return Tiles(block_m, 128, 8, 3, 1) if block_m == 16 else Tiles(block_m, 64, 4, 4, 1)
     # Half of 64 rows wasted still beats 32: from there on products read shared memory themselves (wgmma).
-    return Tiles(64 if block_m == 32 else block_m, 128, 4, 3, 1)
+    block_m = 64 if block_m == 32 else block_m
+    # Short vectors leave shared memory to more programs: 70 KiB each with 16 rows, 104 with 64.
+    return Tiles(block_m, 128, 4, 3, 1 if width > 128 else 3 if block_m == 16 else 2)
 
 
 @lru_cache(maxsize=4096)
