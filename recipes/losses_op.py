@@ -107,6 +107,7 @@ def _forward(
                 _add_product(d_weight, logits, inputs)
             if tracked[2]:
                 d_bias += logits.sum(0, dtype=d_bias.dtype)
+            del logits, teacher  # or the next chunk's would be made beside them
     cross_entropy, kl = cross_entropy.sum(), kl.sum()
     total = ce_weight * cross_entropy + kl_weight * kl
     return total, cross_entropy, kl, d_hidden, d_weight, d_bias

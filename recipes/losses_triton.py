@@ -15,8 +15,6 @@ from torch import Tensor
 from attnzoo.ops.launcher import Launcher
 from recipes.losses_rows import IGNORED, LEAST_REST, Rule
 
-BLOCK, WARPS = 4096, 8
-
 
 def losses_of_rows(
     logits: Tensor,
@@ -41,21 +39,29 @@ def losses_of_rows(
         *(rule.scale, rule.softcap, rule.teacher_scale, rule.teacher_softcap, 1 / rule.temperature),
         *(rule.ce_weight, rule.kl_weight),
     )
-    constants = constants_of(vocabulary) | {
+    block, warps = tile(vocabulary, alone=teacher is None)
+    constants = constants_of(min(block, triton.next_power_of_2(vocabulary))) | {
         "CAPPED": rule.softcap > 0,
         "TEACHER_CAPPED": rule.teacher_softcap > 0,
         "TEMPERED": rule.temperature != 1,
         "GRADIENT": rule.gradient,
         "TOP": 0 if ids is None else triton.next_power_of_2(ids.shape[1]),
     }
-    _launch((tokens,), arguments, constants, num_warps=WARPS, num_stages=1)
+    _launch((tokens,), arguments, constants, num_warps=warps, num_stages=1)
 
 
-def constants_of(vocabulary: int) -> dict[str, Any]:
+def tile(vocabulary: int, *, alone: bool) -> tuple[int, int]:
+    """Columns at once and warps. Few, wide programs keep all their rows in the cache, as long as rows are short."""
+    if not alone:
+        return 4096, 4
+    return (16384, 16) if vocabulary <= 1 << 16 else (8192, 8)
+
+
+def constants_of(block: int) -> dict[str, Any]:
     """The kernel's constants for plain logits."""
     return {
         **{"CAPPED": False, "TEACHER_CAPPED": False, "TEMPERED": False, "GRADIENT": True, "TOP": 0},
-        **{"BLOCK": min(BLOCK, triton.next_power_of_2(vocabulary)), "UNTARGETED": IGNORED, "LEAST": LEAST_REST},
+        **{"BLOCK": block, "UNTARGETED": IGNORED, "LEAST": LEAST_REST},
     }
 
 

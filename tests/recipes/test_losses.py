@@ -1,8 +1,11 @@
 """The head's losses against fp64, without and with kernels, and what they hold in memory."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.losses import (
     FullTeacher,
@@ -291,24 +294,30 @@ def test_the_peak_of_memory_is_a_chunk_and_not_all_tokens():
     assert peaks[2] - peaks[1] >= 5 * logits and peaks[2] < 2 * tokens * vocabulary, peaks
 
 
-def test_no_tensor_of_all_tokens_and_the_vocabulary_is_ever_made():
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    """The largest tensor that is made, and how many chunks of logits `[16, 1000]` are alive when one is made."""
 
-    largest = 0
+    def __init__(self):
+        super().__init__()
+        self.largest, self.together, self.logits = 0, 0, []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else (out,):
-                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
-            return out
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            self.largest = max(self.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+        if function is torch.ops.aten.mm.default and out.shape == (16, 1000):
+            self.logits.append(weakref.ref(out))
+            self.together = max(self.together, sum(t() is not None for t in self.logits))
+        return out
 
+
+def test_no_tensor_of_all_tokens_and_the_vocabulary_is_ever_made_and_chunks_go_one_by_one():
     case = Case(tokens=512, dim=8, vocabulary=1000)
     teacher = FullTeacher(case.teacher_hidden, case.teacher_weight)
-    with Watch():
+    with Watch() as watch:
         linear_mixture(case.hidden, case.weight, case.targets, teacher, chunk_tokens=16).total.backward()
-    assert largest <= 16 * 1000
+    assert watch.largest <= 16 * 1000
+    assert len(watch.logits) == 64 and watch.together == 2  # the student's and the teacher's
 
 
 @pytest.mark.parametrize(
