@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -39,8 +39,9 @@ def run(suites: tuple[str, ...], out: Path, orders: Path | None, jobs: int, comm
     about["limits"] = limits()
     print("# " + json.dumps(about["limits"]), flush=True)
     rows: list[Row] = []
-    for case in todo:
-        rows += time_case(case)
+    for case in (case for case in todo if case.suite != "features"):
+        rows += time_together([case])
+    rows += time_together([case for case in todo if case.suite == "features"])  # which are compared with one another
     about["seconds"] = round(time.perf_counter() - started)
     for suite in suites:
         some = [row for row in rows if row["suite"] == suite]
@@ -90,37 +91,38 @@ def milliseconds(function: Callable[[], object], warmup: int = 10, rep: int = 50
     return float(do_bench(function, warmup=warmup, rep=rep, return_mode="median"))
 
 
-def time_case(case: Case) -> list[Row]:
-    """Both directions of every contestant on one case, checked first, then timed in turns and printed.
+def time_together(cases: Sequence[Case]) -> list[Row]:
+    """Both directions of every contestant on these cases, checked first, then timed in turns and printed.
 
     A GPU that has worked for a while is slower than a rested one, so that whoever is timed first would win: each is
     timed several times, every time after another one.
     """
-    data = draw(case)
-    truth, plain = gate.one_head(case, data, torch.float32), gate.one_head(case, data, torch.bfloat16)
-    common = {"suite": case.suite, "case": case.name, "kind": case.kind, "dim": case.dim, "length": case.length}
-    common |= {"grouped": case.q_heads != case.k_heads}
     rows: list[Row] = []
-    runs: dict[str, Callable[[], Tensor]] = {}
-    for name in case.contestants:
-        checked, forward = _checked(name, case, data, truth, plain)
-        rows.append(common | {"contestant": name} | checked)
-        if forward is not None:
-            runs[name] = forward
-        torch.cuda.empty_cache()
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    runs: list[tuple[Row, float, Data, Callable[[], Tensor]]] = []
+    for case in cases:
+        data, flops = draw(case), case.flops()
+        truth, plain = gate.one_head(case, data, torch.float32), gate.one_head(case, data, torch.bfloat16)
+        common = {"suite": case.suite, "case": case.name, "kind": case.kind, "dim": case.dim, "length": case.length}
+        common |= {"grouped": case.q_heads != case.k_heads}
+        for name in case.contestants:
+            checked, forward = _checked(name, case, data, truth, plain)
+            rows.append(common | {"contestant": name} | checked)
+            if forward is not None:
+                runs.append((rows[-1], flops, data, forward))
+            torch.cuda.empty_cache()
+    times: list[list[dict[str, float]]] = [[] for _ in runs]
     for turn in range(TURNS):
         first = turn * len(runs) // TURNS
-        for name in (*list(runs)[first:], *list(runs)[:first]):
-            times[name].append(_times(runs[name], _trains(name), data))
+        for at in (*range(first, len(runs)), *range(first)):
+            row, _, data, forward = runs[at]
+            times[at].append(_times(forward, _trains(row["contestant"]), data))
             torch.cuda.empty_cache()
-    flops = case.flops()
+    for (row, flops, _, _), found in zip(runs, times, strict=True):
+        for key, factor in (("forward", 1.0), ("backward", 2.5)):
+            if f"{key}_ms" in found[0]:
+                row[f"{key}_ms"] = median(each[f"{key}_ms"] for each in found)
+                row[f"{key}_tflops"] = factor * flops / row[f"{key}_ms"] / 1e9
     for row in rows:
-        for found in times.get(row["contestant"], [])[:1]:
-            for key, factor in (("forward", 1.0), ("backward", 2.5)):
-                if f"{key}_ms" in found:
-                    row[f"{key}_ms"] = median(each[f"{key}_ms"] for each in times[row["contestant"]])
-                    row[f"{key}_tflops"] = factor * flops / row[f"{key}_ms"] / 1e9
         print(report.line(row), flush=True)
     return rows
 
