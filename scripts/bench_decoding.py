@@ -45,21 +45,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="what was measured, where there is no git")
     options = parser.parse_args()
+    commit = options.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
     torch.manual_seed(0)
     limit = copy_rate()
     print(f"copy: {limit:.0f} GB/s", flush=True)
-    rows = []
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    about |= {"commit": commit, "copy_gbs": limit, "dtype": str(DTYPE)}
+    rows: list[dict[str, Any]] = []
     for group in options.only:
         for row in GROUPS[group]():
             row = {"group": group, **row, "of_copy": row["gbs"] / limit}
             rows.append(row)
             print(describe(row), flush=True)
         torch.cuda.empty_cache()
-    if options.out:
-        commit = options.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        about |= {"commit": commit, "copy_gbs": limit, "dtype": str(DTYPE)}
-        options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        if options.out:
+            options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 def describe(row: dict[str, Any]) -> str:

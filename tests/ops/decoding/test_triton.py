@@ -108,6 +108,15 @@ def test_any_number_of_splits_gives_the_same(kind: str, splits: int, monkeypatch
     check(q, cache, mask=SlidingWindow(20), softcap=2.0, sinks=sinks)
 
 
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_one_key_head_whose_programs_share_the_merging(q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, which runs one program after another, all but the last give up waiting."""
+    monkeypatch.setattr(op, "splits_for", lambda *shape: 5)
+    cache = fill(make("contiguous", 2, 1, (16, 128), torch.float32), [150, 90], 2)
+    for _ in range(2):  # the counters are right for the next call
+        check(torch.randn(2, 30, q_len, 16, device=DEVICE), cache, sinks=torch.randn(30, device=DEVICE))
+
+
 @pytest.mark.parametrize("mask", [None, Full(), Causal(), SlidingWindow(1), SlidingWindow(40), SlidingWindow(9, 2)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("sinks", [False, True])

@@ -29,7 +29,7 @@ def builds() -> Builds:
     yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
     yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
     yield from _stores()
-    constants = {"DV": 512} | merge_constants(merge_for(1, 4, 512, 4, False))
+    constants = {"DV": 512} | merge_constants(merge_for(1, 4, 512, 4))
     del constants["SHARE"]
     yield Build("merge", merge_kernel, {"PART": "*fp32", "OUT": "*bf16", "splits": "i32"}, constants)
 
@@ -74,7 +74,7 @@ def _build(
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee",
     }
-    given |= merge_constants(merge_for(min(rows, tiles.block_m), 8, given["DV"], tiles.num_warps, True))
+    given |= merge_constants(merge_for(min(rows, tiles.block_m), 8, given["DV"], tiles.num_warps))
     given |= {"BLOCK_D": 1 << (given["D"] - 1).bit_length(), "BLOCK_DV": 1 << (given["DV"] - 1).bit_length()}
     vectors = "*i8" if codes else f"*{dtype}"
     types = {"Q": f"*{dtype}", "K": vectors, "V": vectors, "OUT": f"*{dtype}"}

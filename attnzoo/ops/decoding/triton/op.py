@@ -19,7 +19,7 @@ from attnzoo.ops.decoding.triton.plan import (
     tiles_for,
 )
 from attnzoo.ops.launcher import Launcher
-from attnzoo.ops.launching import interpreted, num_multiprocessors
+from attnzoo.ops.launching import num_multiprocessors
 
 
 def decode(
@@ -72,7 +72,7 @@ def decode(
     reach = min(longest, back + ahead + q_len)
     splits = splits_for(programs, -(-reach // tiles.block_n), num_multiprocessors(index) * tiles.resident)
     part = parts_for(out, splits)
-    arrived, merging = merging_for(part, splits, programs, splits, min(rows, tiles.block_m), v_dim, tiles.num_warps)
+    arrived, merging = merging_for(part, splits, programs, min(rows, tiles.block_m), v_dim, tiles.num_warps)
     launcher()(
         (splits, k_heads * m_tiles, batch),
         (
@@ -128,7 +128,7 @@ def parts_for(out: Tensor, splits: int) -> Tensor | None:
 
 
 def merging_for(
-    part: Tensor | None, splits: int, programs: int, together: int, rows: int, v_dim: int, num_warps: int
+    part: Tensor | None, splits: int, programs: int, rows: int, v_dim: int, num_warps: int
 ) -> tuple[Tensor | None, dict[str, int]]:
     """How programs count, and the kernel's constants that say how they merge.
 
@@ -136,17 +136,13 @@ def merging_for(
         part: from `parts_for`.
         splits: parts of each row.
         programs: of one split.
-        together: programs from the first of a group that merges to its last, in the order of the launch.
         rows: queries of a program.
         v_dim: size of a value.
         num_warps: of a program.
     """
     if part is None:
-        return None, merge_constants(merge_for(1, 1, 1, 1, False))
-    # Programs start in order, so a group whose members wait for one another runs, as long as all fit in together.
-    waits = not interpreted() and together <= num_multiprocessors(part.device.index)
-    constants = merge_constants(merge_for(rows, splits, v_dim, num_warps, waits))
-    return counters(part.device, programs, splits), constants
+        return None, merge_constants(merge_for(1, 1, 1, 1))
+    return counters(part.device, programs, splits), merge_constants(merge_for(rows, splits, v_dim, num_warps))
 
 
 @decode_op.register_fake

@@ -97,17 +97,15 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
     if 0 < page < 128:  # a tile of several pages has an address for each token: more warps, fewer of them each
         return Tiles(block_m, 128, 8, 3, 1) if block_m == 16 else Tiles(block_m, 64, 4, 4, 1)
     # Half of 64 rows wasted still beats 32: from there on products read shared memory themselves (wgmma).
-    block_m = 64 if block_m == 32 else block_m
-    # Short vectors leave shared memory to more programs: 70 KiB each with 16 rows, 104 with 64.
-    return Tiles(block_m, 128, 4, 3, 1 if width > 128 else 3 if block_m == 16 else 2)
+    return Tiles(64 if block_m == 32 else block_m, 128, 4, 3, 1)
 
 
 @lru_cache(maxsize=4096)
-def merge_for(rows: int, splits: int, v_dim: int, num_warps: int, waits: bool) -> Merge:
-    """For `rows` queries a program, cut into `splits`; `waits`: whether programs may wait for one another."""
+def merge_for(rows: int, splits: int, v_dim: int, num_warps: int) -> Merge:
+    """For `rows` queries a program, cut into `splits`."""
     block_s, width = next_power_of_two(splits), max(next_power_of_two(v_dim), 16)
     share = 0
-    if waits and rows * splits * v_dim > 2**14:  # 64 KiB: more than one program reads at once
+    if rows * splits * v_dim > 2**14:  # 64 KiB: more than one program reads at once
         share = -(-rows // splits)
     room = 2048 * num_warps  # 64 registers a thread
     block_m = min(max(room // (block_s * width), 1), next_power_of_two(share or rows))

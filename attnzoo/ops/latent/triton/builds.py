@@ -48,7 +48,7 @@ def _build(
     tiles = fitted(tiles, width, width, _SHARED[least])
     given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee"}
     given |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_R": given["RANK"], "BLOCK_P": given["ROPE"]}
-    given |= merge_constants(merge_for(min(heads, tiles.block_m), 8, given["RANK"], tiles.num_warps, True))
+    given |= merge_constants(merge_for(min(heads, tiles.block_m), 8, given["RANK"], tiles.num_warps))
     vectors = "*i8" if codes else f"*{dtype}"
     types = {"Q": f"*{dtype}", "Q_ROPE": f"*{dtype}", "C": vectors, "R": vectors, "OUT": f"*{dtype}"}
     types |= {f"{side}_{part}": "*fp32" for side in "CR" for part in ("SCALE", "OFFSET")[:codes]}

@@ -98,12 +98,10 @@ def latent_decode(
             grid, (q, q_rope, *held, out, part, *numbers, table_width, *strides), constants, num_warps=tiles.num_warps
         )
         if part is not None:
-            merging = merge_constants(merge_for(1, splits, rank, 4, False))
+            merging = merge_constants(merge_for(1, splits, rank, 4))
             launcher("merge")((out.numel() // rank, 1, 1), (part, out, splits), {"DV": rank, **merging}, num_warps=4)
         return out
-    arrived, merging = merging_for(
-        part, splits, batch * m_tiles, m_tiles * splits, min(rows, tiles.block_m), rank, tiles.num_warps
-    )
+    arrived, merging = merging_for(part, splits, batch * m_tiles, min(rows, tiles.block_m), rank, tiles.num_warps)
     launcher("latent")(
         grid,
         (
