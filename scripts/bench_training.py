@@ -6,7 +6,8 @@
 Models have random weights and see random tokens. Every row is one document, which is what stock attention is fastest
 on, or in the cases named `documents` several that do not see each other. All start from the same weights and see the
 same tokens, and their losses and gradients have to agree. A step is forward, backward, clipping and AdamW; a time is
-the median over steps, taken on the device, of one GPU's rows.
+the median over steps, taken on the device, of one GPU's rows. `attnzoo-merged` runs projections of one input as one
+matmul.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from recipes import parallel
 from recipes.compiling import compile_model
 from recipes.heads import head_of
 from recipes.losses import linear_cross_entropy
+from recipes.merging import merge_projections
 from recipes.module import Uptraining
 from recipes.objectives import CE, Objective
 from recipes.packed import pack, shifted_labels
@@ -71,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
 for case in ("smollm2", "llama-1b"):
     CASES[f"{case}-documents"] = CASES[case] | {"documents": CASES[case]["length"] // 3}  # their mean length
 
-CONTESTANTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "attnzoo")
+CONTESTANTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "attnzoo", "attnzoo-merged")
 
 
 def main() -> None:
@@ -110,9 +112,12 @@ def measurements(cases: list[str], contestants: list[str], compile: str) -> Iter
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            model = build(CASES[case]["model"], "sdpa" if name == "eager" else name)
-            runs: dict[str, Callable[..., Measured]] = {"attnzoo": with_trainer, "eager": plain_loop}
-            measured = runs.get(name, recipe_loop)(model, CASES[case], compile)
+            attention = "sdpa" if name == "eager" else name.removesuffix("-merged")
+            model = build(CASES[case]["model"], attention)
+            if name.endswith("-merged"):
+                merge_projections(model)
+            run = plain_loop if name == "eager" else with_trainer if attention == "attnzoo" else recipe_loop
+            measured = run(model, CASES[case], compile)
             yield {"case": case, "name": name, **measured.row(began, CASES[case])}
             del model
 
@@ -213,7 +218,7 @@ def with_trainer(model: PreTrainedModel, case: Mapping[str, Any], compile: str) 
 
     head_of(model)
     compile_model(model, compile, device=DEVICE)
-    optimizer = {**OPTIMIZER, "schedule": "constant", "warmup": 0.0, "final": 1.0}
+    optimizer = {**OPTIMIZER, "method": "adamw", "schedule": "constant", "warmup": 0.0, "final": 1.0}
     stage = Stage("bench", 0, STEPS, (CE(),), "all", optimizer)
     module = Uptraining(model, [stage], [Objective(stage.terms)], gradient_clip_norm=CLIP)
     trainer = build_trainer(

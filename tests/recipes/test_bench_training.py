@@ -28,8 +28,9 @@ def bench(monkeypatch):
 
 @pytest.mark.parametrize("case", ["tiny", "tiny-documents"])
 def test_all_contestants_train_the_same_model_on_the_same_tokens(bench, case):
-    rows = list(bench.measurements([case], ["eager", "sdpa", "attnzoo"], "off"))
-    assert [row["name"] for row in rows] == ["eager", "sdpa", "attnzoo"]
+    names = ["eager", "sdpa", "attnzoo", "attnzoo-merged"]
+    rows = list(bench.measurements([case], names, "off"))
+    assert [row["name"] for row in rows] == names
     bench.require_agreement(rows)
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(2 * 24 / row["ms"] * 1e3) and row["ms"] > 0
