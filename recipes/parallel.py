@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -168,12 +169,19 @@ def largest(values: Sequence[int]) -> list[int]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here, however long that takes; a process that dies makes the others fail.
+    """Returns when every process has come here, however long that takes; where one dies before, the others end too.
 
     Does nothing where Lightning starts the others: they live only while the model trains.
     """
-    if _PATIENT:
+    if not _PATIENT:
+        return
+    try:
         dist.barrier(_PATIENT[0])
+    except RuntimeError as error:
+        if is_main_process():
+            raise
+        log.debug("another process ended: %s", error)
+        sys.exit(1)  # without a word: the one that ended has said why
 
 
 def _nodes(started_by: ClusterEnvironment, processes: int) -> int:
