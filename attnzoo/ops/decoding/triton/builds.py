@@ -6,10 +6,11 @@ from typing import Any
 
 from attnzoo.ops.decoding.triton.kernels import decode_kernel
 from attnzoo.ops.decoding.triton.merging import merge_kernel
-from attnzoo.ops.decoding.triton.plan import merge_constants, merge_for, tiles_for
+from attnzoo.ops.decoding.triton.plan import fitted, merge_constants, merge_for, tiles_for
 from attnzoo.ops.decoding.triton.storing import store_kernel
 from attnzoo.ops.launching import Build, Builds
 
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may take on an A100 and on a Hopper GPU
 _ROWS = ("LENGTHS", "STARTS", "KEPT")
 
 
@@ -17,7 +18,8 @@ def builds() -> Builds:
     """See `scripts/compile_kernels.py`."""
     yield _build("decode contiguous", split=True)
     yield _build("decode contiguous fp32", "fp32", ("SINKS",), SOFTCAP=True)
-    yield _build("decode one key head", rows=32, split=True)
+    yield _build("decode one key head", rows=32, split=True, least=90)
+    yield _build("decode one key head on an A100", rows=32, split=True)
     yield _build("decode many queries", rows=64, tensors=_ROWS, Q_LEN=16, split=True)
     yield _build("decode wide", D=256, DV=256, split=True)
     yield _build("decode odd sizes", "fp16", D=72, DV=24)
@@ -63,10 +65,14 @@ def _build(
     rows: int = 4,
     codes: int = 0,
     split: bool = False,
+    least: int = 80,
     **constants: Any,
 ) -> Build:
     given: dict[str, Any] = {"D": 128, "DV": 128, "Q_LEN": 1, "PAGE": 0, "RING": False, "RECENT": False} | constants
-    tiles = tiles_for(rows, given["D"], given["DV"], 4 if dtype == "fp32" else 2, codes > 0, given["PAGE"])
+    itemsize = 4 if dtype == "fp32" else 2
+    tiles = tiles_for(rows, given["D"], given["DV"], itemsize, codes > 0, given["PAGE"])
+    key_bytes = (given["D"] + given["DV"]) * (1 if codes else itemsize)
+    tiles = fitted(tiles, given["D"] * itemsize, key_bytes, SHARED[least])
     given |= {"SOFTCAP": False, **constants, "GROUP": rows // given["Q_LEN"], "SPLIT": split, "QUANT": codes}
     given |= {
         "INTEGER": tiles.integers,
@@ -94,4 +100,4 @@ def _build(
             signature[argument] = "i32"
         else:
             given.setdefault(argument, None)  # a tensor that this build has none of
-    return Build(name, decode_kernel, signature, given, tiles.num_warps, tiles.num_stages)
+    return Build(name, decode_kernel, signature, given, tiles.num_warps, tiles.num_stages, least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnzoo.ops.decoding.triton.builds import SHARED
 from attnzoo.ops.decoding.triton.plan import fitted, merge_constants, merge_for
 from attnzoo.ops.latent.triton.hopper import hopper_kernel
 from attnzoo.ops.latent.triton.kernels import latent_kernel
@@ -11,7 +12,6 @@ from attnzoo.ops.latent.triton.plan import HOPPER, tiles_for
 from attnzoo.ops.launching import Build, Builds
 
 _ROWS = ("LENGTHS", "STARTS", "KEPT")
-_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may take on an A100 and on a Hopper GPU
 
 
 def builds() -> Builds:
@@ -43,9 +43,9 @@ def _build(
     **constants: Any,
 ) -> Build:
     given: dict[str, Any] = {"RANK": 512, "ROPE": 64, "PAGE": 0, "RING": False, "RECENT": False} | constants
-    tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0, _SHARED[least])
+    tiles = tiles_for(heads, given["RANK"], 4 if dtype == "fp32" else 2, codes > 0, SHARED[least])
     width = (given["RANK"] + given["ROPE"]) * (4 if dtype == "fp32" else 2)
-    tiles = fitted(tiles, width, width, _SHARED[least])
+    tiles = fitted(tiles, width, width, SHARED[least])
     given |= {"HEADS": heads, "Q_LEN": 1, "SPLIT": split, "QUANT": codes, "PRECISION": "ieee"}
     given |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_R": given["RANK"], "BLOCK_P": given["ROPE"]}
     given |= merge_constants(merge_for(min(heads, tiles.block_m), 8, given["RANK"], tiles.num_warps))
