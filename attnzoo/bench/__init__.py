@@ -26,10 +26,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="all: without table")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the JSON files and plots")
     parser.add_argument("--table", type=Path, help="write the measured order of backends into this times.json")
-    parser.add_argument("--jobs", type=int, default=4, help="processes that set up and compile side by side")
-    parser.add_argument(
-        "--mechanisms", nargs="+", choices=generation.MECHANISMS, default=generation.MECHANISMS, help="of generation"
-    )
+    parser.add_argument("--jobs", type=int, default=8, help="processes that set up and compile side by side")
+    names = list(generation.MECHANISMS)
+    parser.add_argument("--mechanisms", nargs="+", choices=names, default=names, help="of generation")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of generation")
     parser.add_argument("--length", type=int, default=8192, help="tokens in the cache, of generation")
     parser.add_argument("--draw", action="store_true", help="only redo tables and plots from the JSON files in --out")
@@ -47,9 +46,8 @@ def main(argv: Sequence[str]) -> int:
         print("attnzoo bench: needs a CUDA GPU, and there is none", file=sys.stderr)
         return 2
     if options.what == "generation":
-        return generation.run(
-            options.mechanisms, options.batches, options.out, options.jobs, options.length, options.commit
-        )
+        cases = [(name, batch) for name in options.mechanisms for batch in options.batches]
+        return generation.run(cases, options.out, options.jobs, options.length, options.commit)
     from attnzoo.bench import running
 
     suites = SUITES[:-1] if "all" in options.suite else tuple(options.suite)

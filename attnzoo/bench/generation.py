@@ -1,7 +1,7 @@
 """`attnzoo bench generation`: decoding of a whole model, ours beside transformers' own, and beside what the bytes say.
 
-Every mechanism is a process of its own (`attnzoo.hf.generation.bench`) that times ours and then transformers'. They set
-up and compile side by side, and time one after another.
+Every mechanism and batch is a process of its own (`attnzoo.hf.generation.bench`): it times ours and then transformers'.
+They set up and compile side by side, and time one after another.
 """
 
 from __future__ import annotations
@@ -11,23 +11,33 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from attnzoo.bench import report
 
 Row = dict[str, Any]
-MECHANISMS = ("MHA", "GQA-8", "MQA", "MLA", "window 1k", "linear", "int8 GQA-8")
-LARGE = {("MHA", 64), ("MLA", 64)}  # 69 GB of cache on one side or both: alone
+# Bytes of keys and values a token takes, on the side where it takes more; with transformers also one layer's, repeated.
+MECHANISMS = {
+    "MHA": 131072,
+    "GQA-8": 32768 + 8192,
+    "MQA": 4096 + 8192,
+    "MLA": 131072,
+    "window 1k": 4096 + 1024,
+    "linear": 512,
+    "int8 GQA-8": 17408,
+}
 
 
-def run(
-    mechanisms: Sequence[str], batches: Iterable[int], out: Path, jobs: int, length: int, commit: str | None
-) -> int:
-    """Time these mechanisms at these batches; write JSON, table and plot into `out`, beside rows of others.
+def run(cases: Iterable[tuple[str, int]], out: Path, jobs: int, length: int, commit: str | None) -> int:
+    """Time these mechanisms, each at a batch; write JSON, table and plot into `out`, beside rows of others.
+
+    The JSON file has each row as soon as it is measured.
 
     Returns:
         1 if replayed steps gave other logits than plain ones, else 0.
@@ -41,63 +51,103 @@ def run(
     import torch
 
     torch.cuda.empty_cache()
-    small = [(name, [b for b in batches if (name, b) not in LARGE]) for name in mechanisms]
-    rows: list[Row] = []
-    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(jobs) as pool:
-        tasks = [(name, some) for name, some in small if some]
-        for found in pool.map(lambda task: _measured(task[0], task[1], length, lock.name), tasks):
-            rows += found
-        for name, batch in sorted(LARGE):
-            if name in mechanisms and batch in batches:
-                rows += _measured(name, [batch], length, lock.name)
     path = out / f"generation_{report.slug(about['device'])}.json"
-    rows = _with_predictions(rows, about["limits"]["copy_gbs"])
-    about["seconds"] = round(time.perf_counter() - started)
-    report.write(path, about | {"rows": merged(path, rows)})
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows: list[Row] = []
+    writing = threading.Lock()
+
+    def keep(row: Row) -> None:
+        with writing:
+            print(json.dumps(row), flush=True)
+            row["commit"] = str(about["commit"])[:12]
+            rows.append(with_predictions(row, about["limits"]["copy_gbs"]))
+            about["seconds"] = round(time.perf_counter() - started)
+            report.write(path, about | {"rows": merged(before, rows)})
+
+    room = _Room(0.93 * torch.cuda.mem_get_info()[0] / 1e9)
+    tasks = [(needs(name, batch, length), name, batch) for name, batch in cases]
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(jobs) as pool:
+        waiting = [
+            pool.submit(_measure, name, batch, length, lock.name, room.of(size), keep)
+            for size, name, batch in sorted(tasks, reverse=True)
+        ]
+        for done in waiting:
+            done.result()
     draw(out)
     wrong = [row for row in rows if row.get("error", 0) > 0.03]
     print(f"# {len(rows)} rows, {len(wrong)} wrong, {about['seconds']} s")
     return int(bool(wrong))
 
 
-def _measured(mechanism: str, batches: list[int], length: int, lock: str) -> list[Row]:
+def needs(mechanism: str, batch: int, length: int) -> float:
+    """GB of GPU memory that a process takes at most: what it runs on, weights, and the cache."""
+    return 5 + MECHANISMS[mechanism] * batch * length / 1e9
+
+
+class _Room:
+    """GPU memory, given out so that processes fit side by side."""
+
+    def __init__(self, size: float) -> None:
+        self.free, self.size, self.changed = size, size, threading.Condition()
+
+    @contextmanager
+    def of(self, size: float) -> Iterator[None]:
+        size = min(size, self.size)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= size)
+            self.free -= size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += size
+                self.changed.notify_all()
+
+
+def _measure(
+    mechanism: str,
+    batch: int,
+    length: int,
+    lock: str,
+    memory: AbstractContextManager[None],
+    keep: Callable[[Row], None],
+) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation.bench", mechanism]
-    command += ["--batches", *map(str, batches), "--length", str(length), "--lock", lock]
+    command += ["--batch", str(batch), "--length", str(length), "--lock", lock]
     few = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # each would start as many as there are cores
-    rows: list[Row] = []
-    other = ["no reason given"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=few) as process:
+    other, ours = "no reason given", False
+    with (
+        memory,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=few) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
-                rows.append(json.loads(line))
-                print(line, end="", flush=True)
+                keep(row := json.loads(line))
+                ours = ours or row["side"] == "ours"
             elif line.strip():
-                other.append(line.strip()[:200])
+                other = line.strip()[:200]
     if process.returncode:
-        print(f"# {mechanism} ended early: {other[-1]}", flush=True)
-        done = {row["batch"] for row in rows if row["side"] == "ours"}
-        row = {"side": "ours", "mechanism": mechanism, "length": length, "unavailable": other[-1]}
-        rows += [row | {"batch": batch} for batch in batches if batch not in done]
-    return rows
+        print(f"# {mechanism}, {batch} rows: ended early: {other}", flush=True)
+        if not ours:
+            keep({"side": "ours", "mechanism": mechanism, "length": length, "batch": batch, "unavailable": other})
 
 
-def _with_predictions(rows: list[Row], copy_gbs: float) -> list[Row]:
-    for row in rows:
-        if "bytes" in row:
-            row["predicted_ms"] = row["bytes"] / copy_gbs / 1e6
-        for name in ("ms", "generate_ms", "predicted_ms"):
-            if name in row:
-                row[name.removesuffix("ms") + "tokens_s"] = row["batch"] / row[name] * 1e3
-    return rows
+def with_predictions(row: Row, copy_gbs: float) -> Row:
+    """The row with the time that its bytes take, and tokens a second of all its times."""
+    if "bytes" in row:
+        row["predicted_ms"] = row["bytes"] / copy_gbs / 1e6
+    for name in ("ms", "generate_ms", "predicted_ms"):
+        if name in row:
+            row[name.removesuffix("ms") + "tokens_s"] = row["batch"] / row[name] * 1e3
+    return row
 
 
-def merged(path: Path, rows: list[Row]) -> list[Row]:
-    """These rows, and those of other mechanisms and batches that the file holds already."""
+def merged(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """These rows, and earlier ones of other mechanisms and batches."""
     new = {(row["mechanism"], row["batch"]) for row in rows}
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    every = [row for row in old if (row["mechanism"], row["batch"]) not in new] + rows
-    return sorted(every, key=lambda row: (MECHANISMS.index(row["mechanism"]), row["batch"], row["side"]))
+    every = [row for row in before if (row["mechanism"], row["batch"]) not in new] + list(rows)
+    return sorted(every, key=lambda row: (_PLACES[row["mechanism"]], row["batch"], row["side"]))
 
 
 def draw(folder: Path) -> None:
@@ -169,4 +219,7 @@ def _pairs(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str,
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row.get("generate_tokens_s", 0)):
         found.setdefault((row["mechanism"], row["batch"]), {})[row["side"]] = row
-    return dict(sorted(found.items(), key=lambda item: (MECHANISMS.index(item[0][0]), item[0][1])))
+    return dict(sorted(found.items(), key=lambda item: (_PLACES[item[0][0]], item[0][1])))
+
+
+_PLACES = {name: place for place, name in enumerate(MECHANISMS)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def rows(batch: int) -> list[dict]:
     peer = {"side": "transformers", "mechanism": "MHA", "batch": batch}
     peers = [{"how": "static", "generate_ms": 5.0}, {"how": "dynamic", "generate_ms": 9.0}, {"how": "flex"}]
     linear = {"side": "ours", "mechanism": "linear", "batch": batch, "unavailable": "OutOfMemoryError: too much"}
-    return generation._with_predictions([*(peer | one for one in peers), ours, linear], 4000.0)
+    return [generation.with_predictions(row, 4000.0) for row in (*(peer | one for one in peers), ours, linear)]
 
 
 def test_the_table_sets_bytes_and_the_fastest_peer_beside_what_was_measured():
@@ -35,16 +37,53 @@ def test_the_table_sets_bytes_and_the_fastest_peer_beside_what_was_measured():
     assert "| linear | 16 | OutOfMemoryError: too much |" in text
 
 
-def test_a_run_keeps_the_rows_of_other_batches_and_mechanisms(tmp_path: Path):
-    path = tmp_path / "generation_h200.json"
-    path.write_text(json.dumps(RESULT | {"rows": generation.merged(path, rows(1))}))
-    again = generation.merged(path, [{"side": "ours", "mechanism": "MHA", "batch": 16}])
+def test_a_run_keeps_the_rows_of_other_batches_and_mechanisms():
+    again = generation.merged(rows(1), [{"side": "ours", "mechanism": "MHA", "batch": 16}])
     assert [(row["mechanism"], row["batch"]) for row in again if row["side"] == "ours"] == [
         ("MHA", 1),
         ("MHA", 16),
         ("linear", 1),
     ]
-    assert len(generation.merged(path, rows(1))) == len(rows(1))
+    assert len(generation.merged(rows(1), rows(1))) == len(rows(1))
+
+
+def test_processes_run_side_by_side_as_far_as_memory_goes(monkeypatch, tmp_path: Path):
+    running, most = [0.0], [0.0]
+    change = threading.Lock()
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            self.row = {"side": "ours", "mechanism": command[5], "batch": int(command[7]), "ms": 1.0}
+            self.size = generation.needs(command[5], int(command[7]), 8192)
+
+        def __enter__(self):
+            with change:
+                running[0] += self.size
+                most[0] = max(most[0], running[0])
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            with change:
+                running[0] -= self.size
+
+        @property
+        def stdout(self) -> Iterator[str]:
+            time.sleep(0.02)
+            yield "a warning\n"
+            yield json.dumps(self.row) + "\n"
+
+    monkeypatch.setattr(generation.subprocess, "Popen", Process)
+    monkeypatch.setattr("attnzoo.bench.running.machine", lambda commit: dict(ABOUT))
+    monkeypatch.setattr("attnzoo.bench.running.limits", lambda: {"copy_gbs": 4000.0})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (120e9, 150e9))
+    monkeypatch.setattr(generation, "draw", lambda out: None)
+    cases = [(name, batch) for name in generation.MECHANISMS for batch in (1, 64)]
+    assert generation.run(cases, tmp_path, 9, 8192, "c") == 0
+    assert 80 < most[0] <= 0.93 * 120
+    found = json.loads((tmp_path / "generation_h200.json").read_text())["rows"]
+    assert {(row["mechanism"], row["batch"]) for row in found} == set(cases)
 
 
 def test_tables_and_plots_are_drawn_from_the_files_alone(tmp_path: Path):
@@ -77,7 +116,7 @@ def test_ours_steps_as_it_does_without_a_graph(monkeypatch, tiny, mechanism):
     if mechanism in small:
         kind = contestants.OURS[mechanism][1]
         monkeypatch.setitem(contestants.OURS, mechanism, (small[mechanism], kind))
-    row = contestants.ours(contestants.our_model(mechanism), mechanism, 2, 64, tiny)
+    row = contestants.ours(mechanism, 2, 64, tiny)
     assert row["error"] < 0.01
     assert row["ms"] > 0
     assert row["generate_ms"] > 0
@@ -96,4 +135,4 @@ def test_transformers_decodes_over_as_many_tokens_as_ours(monkeypatch, tiny, mec
         held = 64 if "sliding_window" not in changes else 15 + ("static" in how)
         assert layer.keys[:, :, :held].ne(0).all()
         assert layer.keys.shape[2] == held or "static" in how
-    assert peers.theirs(model, how, 2, 64, tiny)["generate_ms"] > 0
+    assert peers.theirs(mechanism, how, 2, 64, tiny)["generate_ms"] > 0

@@ -1,8 +1,8 @@
 """One mechanism of `attnzoo bench generation`, ours and then transformers', in a process of its own.
 
-    python -m attnzoo.hf.generation.bench GQA-8 --batches 1 16 --length 8192 --lock FILE
+    python -m attnzoo.hf.generation.bench GQA-8 --batch 16 --length 8192 --lock FILE
 
-prints a JSON line for each contestant and batch. Processes set up side by side, and each times alone (a lock on FILE).
+prints a JSON line for each contestant. Processes set up side by side, and each times alone (a lock on FILE).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnzoo.caches import RecurrentStateCache, RollingCache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.hf.generation import bench_common as common
 from attnzoo.hf.generation.bench_common import Lock
-from attnzoo.hf.generation.bench_peers import HOWS, PEERS, peer_model, theirs
+from attnzoo.hf.generation.bench_peers import theirs, ways
 from attnzoo.hf.generation.bridge import graphed
 from attnzoo.hf.generation.build import cache_for
 from attnzoo.hf.generation.cache import HeldCache
@@ -48,28 +48,19 @@ OURS: dict[str, tuple[Any, Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Set up, check and time ours, and then what transformers has; a JSON line for each contestant and batch."""
+    """Set up, check and time ours, and then what transformers has; a JSON line for each contestant."""
     parser = argparse.ArgumentParser("attnzoo.hf.generation.bench", description=main.__doc__)
     parser.add_argument("mechanism", choices=list(OURS))
-    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--lock", type=Path, required=True)
     options = parser.parse_args(argv)
     torch.manual_seed(0)
-    lock, mechanism, length = Lock(options.lock), options.mechanism, options.length
-    about = {"mechanism": mechanism, "length": length}
-    with lock.shared():
-        model = our_model(mechanism)
-    for batch in options.batches:
-        _tell({"side": "ours", **about, "batch": batch}, partial(ours, model, mechanism, batch, length, lock))
-    del model
-    for how in HOWS if mechanism in PEERS else ():
-        with lock.shared():
-            peer = peer_model(mechanism, how)
-        for batch in options.batches:
-            row = {"side": "transformers", "how": how, **about, "batch": batch}
-            _tell(row, partial(theirs, peer, how, batch, length, lock))
-        del peer
+    lock, mechanism, batch, length = Lock(options.lock), options.mechanism, options.batch, options.length
+    about = {"mechanism": mechanism, "length": length, "batch": batch}
+    _tell({"side": "ours", **about}, lambda: ours(mechanism, batch, length, lock))
+    for how in ways(mechanism, batch, length):
+        _tell({"side": "transformers", "how": how, **about}, partial(theirs, mechanism, how, batch, length, lock))
     return 0
 
 
@@ -79,9 +70,10 @@ def our_model(mechanism: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def ours(model: PreTrainedModel, mechanism: str, batch: int, length: int, lock: Lock) -> dict[str, Any]:
+def ours(mechanism: str, batch: int, length: int, lock: Lock) -> dict[str, Any]:
     """Milliseconds a step of `attnzoo.hf.generate`'s loop and of transformers' loop over the graph, and bytes."""
     with lock.shared():
+        model = our_model(mechanism)
         cache = cache_for(model, batch, common.room(length), OURS[mechanism][1])
         tokens = torch.randint(1, common.SHAPE["vocab_size"], (batch, 16), device=common.DEVICE)
         model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
