@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipes.compiling import CHOICES as COMPILE
 from recipes.embeddings import UNTIE
 from recipes.export import EXPORT_DTYPES
 from recipes.lora import check_lora
@@ -30,6 +31,7 @@ CHOICES = {
     "teacher.dtype": tuple(DTYPES),
     "untie_embeddings": UNTIE,
     "trainer.precision": ("auto", "bf16-mixed", "32-true"),
+    "trainer.compile": (*COMPILE, True, False),
 }
 
 

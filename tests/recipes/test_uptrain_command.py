@@ -59,6 +59,7 @@ def test_resume_alone_takes_the_config_of_the_run(tiny, tmp_path, monkeypatch):
         (["untie_embeddings=true"], "untie_embeddings must be one of False, tie, keep, got True"),
         (["export_dtype=int8"], "export_dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["trainer.precision=16-true"], "trainer.precision must be one of"),
+        (["trainer.compile=fast"], "trainer.compile must be one of auto, layers, model, off"),
         (["trainer.devices=auto"], "trainer.devices must be a number"),
         (["batch.accumulate=0"], "batch.accumulate must be a whole number of at least 1, got 0"),
         (["validation.batches=0.5"], "validation.batches must be a whole number of at least 1 or null, got 0.5"),
