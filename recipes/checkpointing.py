@@ -15,7 +15,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from recipes import parallel
-from recipes.checkpoint_files import NotWritten, load_whole, read_checkpoint, write_checkpoint
+from recipes.checkpoint_files import NotWritten, read_checkpoint, write_checkpoint
+from recipes.checkpoint_state import load_whole
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from recipes import parallel
-from recipes.checkpoint_files import Stored, in_all, load_whole, over_tensors, read_checkpoint, write_checkpoint
+from recipes.checkpoint_files import in_all, read_checkpoint, write_checkpoint
+from recipes.checkpoint_state import Stored, load_whole, over_tensors
 from recipes.packed import TAKES_BOUNDARIES
 
 

@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recipes.checkpoint_files import in_all, load_whole, read_checkpoint, write_checkpoint
+from recipes.checkpoint_files import in_all, read_checkpoint, write_checkpoint
+from recipes.checkpoint_state import load_whole
 from recipes.sharded import Everyone
 
 STAGES = (1, 2)

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import recipes.checkpoint_files as checkpoint_files
-from recipes.checkpoint_files import Broken, NotWritten, Stored, load_whole, read_checkpoint, write_checkpoint
+from recipes.checkpoint_files import Broken, NotWritten, read_checkpoint, write_checkpoint
+from recipes.checkpoint_state import Stored, load_whole
 from recipes.checkpointing import Checkpoints, SafetensorsIO, last_checkpoint
 from recipes.objectives import Objective
 from recipes.run_folder import RunFolder
