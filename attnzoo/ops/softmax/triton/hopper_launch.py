@@ -49,7 +49,7 @@ def takes(x: Arguments, pattern: Pattern) -> bool:
     # Tiles are read whole: no key in them may be one that nobody sees, which could be NaN.
     if (pattern.left or pattern.right) and not ends_of(x, pattern):
         return False
-    if q_len < LEAST_QUERIES or (dim <= 64 and reach_of(x, pattern) < LEAST_REACH):
+    if x.k.shape[2] == 0 or q_len < LEAST_QUERIES or (dim <= 64 and reach_of(x, pattern) < LEAST_REACH):
         return False
     return all(_can_copy(t) for t in (x.q, x.k, x.v))
 
