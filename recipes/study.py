@@ -51,10 +51,15 @@ def main() -> None:
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
-    """The arms whose names match one of the patterns, and those that they need; all without a pattern."""
-    keys = {arm.key for arm in arms if _matches(arm.name, only)}
-    keys |= {key for arm in arms if arm.key in keys for key in arm.needs}
-    return [arm for arm in arms if arm.key in keys]
+    """The arms whose names match a pattern, in the order of the patterns, and those that they need; else all."""
+    ranks: dict[str, int] = {}
+    for arm in reversed(arms):  # what an arm needs stands before it
+        found = [rank for rank, pattern in enumerate(only) if fnmatch(arm.name, pattern)]
+        found += [0] if not only else []
+        found += [ranks[other.key] for other in arms if arm.key in other.needs and other.key in ranks]
+        if found:
+            ranks[arm.key] = min(found)
+    return sorted((arm for arm in arms if arm.key in ranks), key=lambda arm: ranks[arm.key])
 
 
 def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) -> None:
@@ -135,7 +140,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/study"), help="for all studies; runs/study by default"
     )
-    parser.add_argument("--only", nargs="+", default=[], help="patterns of names of arms, as 'svd*'; the others wait")
+    parser.add_argument("--only", nargs="+", default=[], help="patterns of names of arms, as 'svd*'; in this order")
     parser.add_argument("--list", action="store_true", help="show the arms and run nothing")
     parser.add_argument("--draw", action="store_true", help="draw the figures from results.json alone")
     return parser.parse_intermixed_args(given)

@@ -99,7 +99,7 @@ def test_a_study_that_cannot_be_planned_is_refused(experiment, tmp_path, study, 
 
 
 def test_every_study_of_conf_can_be_planned(tmp_path):
-    for name, runs in {"recovery": 13, "gqa_paper": 33, "compare": 6}.items():
+    for name, runs in {"recovery": 14, "gqa_paper": 33, "compare": 6}.items():
         arms = plan_arms(name, [], tmp_path)
         assert len(arms) == runs, name
         assert read_study(name, [])["figure"]
@@ -211,7 +211,7 @@ def test_a_study_runs_resumes_and_shares_what_its_runs_have_in_common(tmp_path):
     """Two objectives from two starts; the second call does nothing but draw."""
     tiny = Tiny(tmp_path / "tiny")
     given = [one for one in tiny.overrides if not one.startswith("experiment=")]
-    given += ["convert.calibration=null", "batch.size=2", "batch.seq_len=32", "max_steps=2", "data.domains={}"]
+    given += ["convert.calibration=null", "batch.size=2", "batch.seq_len=32", "max_steps=2", "data.domains=null"]
     given += ["data.format=auto", "validation.every_n_steps=2", "validation.at_tokens=[]", "logger=csv"]
     command = [sys.executable, "-m", "attnzoo.cli", "study", "recovery", *given, "--folder", str(tmp_path / "studies")]
     command += ["--only", "control", "mean, CE", "mean, KL"]
