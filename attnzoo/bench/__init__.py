@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="all: without table")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the JSON files and plots")
     parser.add_argument("--table", type=Path, help="write the measured order of backends into this times.json")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that set up and compile side by side")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that set up and compile side by side")
     names = list(generation.MECHANISMS)
     parser.add_argument("--mechanisms", nargs="+", choices=names, default=names, help="of generation")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of generation")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         print("attnzoo bench: needs a CUDA GPU, and there is none", file=sys.stderr)
         return 2
     if options.what == "generation":
-        cases = [(name, batch) for name in options.mechanisms for batch in options.batches]
+        cases = [(name, batch) for batch in sorted(options.batches, reverse=True) for name in options.mechanisms]
         return generation.run(cases, options.out, options.jobs, options.length, options.commit)
     from attnzoo.bench import running
 

@@ -64,12 +64,11 @@ def run(cases: Iterable[tuple[str, int]], out: Path, jobs: int, length: int, com
             about["seconds"] = round(time.perf_counter() - started)
             report.write(path, about | {"rows": merged(before, rows)})
 
-    room = _Room(0.93 * torch.cuda.mem_get_info()[0] / 1e9)
-    tasks = [(needs(name, batch, length), name, batch) for name, batch in cases]
+    room = Room(0.95 * torch.cuda.mem_get_info()[0] / 1e9)
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(jobs) as pool:
         waiting = [
-            pool.submit(_measure, name, batch, length, lock.name, room.of(size), keep)
-            for size, name, batch in sorted(tasks, reverse=True)
+            pool.submit(_measure, name, batch, length, lock.name, room.of(needs(name, batch, length)), keep)
+            for name, batch in cases
         ]
         for done in waiting:
             done.result()
@@ -81,21 +80,26 @@ def run(cases: Iterable[tuple[str, int]], out: Path, jobs: int, length: int, com
 
 def needs(mechanism: str, batch: int, length: int) -> float:
     """GB of GPU memory that a process takes at most: what it runs on, weights, and the cache."""
-    return 5 + MECHANISMS[mechanism] * batch * length / 1e9
+    return 4 + MECHANISMS[mechanism] * batch * length / 1e9
 
 
-class _Room:
-    """GPU memory, given out so that processes fit side by side."""
+class Room:
+    """GPU memory, given out so that processes fit side by side: of those that wait and fit, to the largest first."""
 
     def __init__(self, size: float) -> None:
         self.free, self.size, self.changed = size, size, threading.Condition()
+        self.waiting: list[float] = []
 
     @contextmanager
     def of(self, size: float) -> Iterator[None]:
+        """So much of it, once it is there."""
         size = min(size, self.size)
         with self.changed:
-            self.changed.wait_for(lambda: self.free >= size)
+            self.waiting.append(size)
+            self.changed.wait_for(lambda: size == max((s for s in self.waiting if s <= self.free), default=0))
+            self.waiting.remove(size)
             self.free -= size
+            self.changed.notify_all()
         try:
             yield
         finally:

@@ -81,7 +81,7 @@ def test_processes_run_side_by_side_as_far_as_memory_goes(monkeypatch, tmp_path:
     monkeypatch.setattr(generation, "draw", lambda out: None)
     cases = [(name, batch) for name in generation.MECHANISMS for batch in (1, 64)]
     assert generation.run(cases, tmp_path, 9, 8192, "c") == 0
-    assert 80 < most[0] <= 0.93 * 120
+    assert 80 < most[0] <= 0.95 * 120
     found = json.loads((tmp_path / "generation_h200.json").read_text())["rows"]
     assert {(row["mechanism"], row["batch"]) for row in found} == set(cases)
 
@@ -122,17 +122,34 @@ def test_ours_steps_as_it_does_without_a_graph(monkeypatch, tiny, mechanism):
     assert row["generate_ms"] > 0
 
 
-@pytest.mark.parametrize("how", ["sdpa, static cache, compiled", "sdpa, dynamic cache"])
 @pytest.mark.parametrize("mechanism", list(peers.PEERS))
-def test_transformers_decodes_over_as_many_tokens_as_ours(monkeypatch, tiny, mechanism, how):
+def test_transformers_decodes_over_as_many_tokens_as_ours(monkeypatch, tiny, mechanism):
     kind, changes = peers.PEERS[mechanism]
     if "sliding_window" in changes:
         monkeypatch.setitem(peers.PEERS, mechanism, (kind, changes | {"sliding_window": 16}))
-    model = peers.peer_model(mechanism, how)
-    cache = peers.filled(model, how, 2, 64)
-    for layer in cache.layers:
+    how = peers.ways(mechanism)[0]
+    for layer in peers.filled(peers.peer_model(mechanism, how), 2, 64).layers:
         assert int(layer.get_seq_length()) == 64
-        held = 64 if "sliding_window" not in changes else 15 + ("static" in how)
-        assert layer.keys[:, :, :held].ne(0).all()
-        assert layer.keys.shape[2] == held or "static" in how
+        assert layer.keys[:, :, : 16 if "sliding_window" in changes else 64].ne(0).all()
     assert peers.theirs(mechanism, how, 2, 64, tiny)["generate_ms"] > 0
+
+
+def test_memory_goes_to_the_largest_that_fits():
+    room = generation.Room(100.0)
+    got: list[float] = []
+
+    def take(size: float) -> None:
+        with room.of(size):
+            got.append(size)
+            time.sleep(0.01)
+
+    with room.of(100.0):
+        threads = [threading.Thread(target=take, args=(size,)) for size in (5.0, 70.0, 40.0)]
+        for thread in threads:
+            thread.start()
+        while len(room.waiting) < 3:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert got == [70.0, 5.0, 40.0]
+    assert room.free == 100.0
