@@ -169,22 +169,23 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{str(result['commit'])[:12]}. Copy in the same run: {result['limits']['copy_gbs']} GB/s.",
         "",
         "| mechanism | batch | GB a step | bytes predict, tokens/s | `attnzoo.hf.generate` | of predicted "
-        "| `generate` in `graphed` | transformers' best | with | ours / theirs |",
-        "|---" * 10 + "|",
+        "| `generate` in `graphed` | transformers' best | with | ours / theirs | `graphed` / theirs |",
+        "|---" * 11 + "|",
     ]
     for (mechanism, batch), pair in _pairs(result["rows"]).items():
         ours, peer = pair.get("ours", {}), pair.get("transformers", {})
         if "ms" not in ours:
-            text.append(f"| {mechanism} | {batch} | {ours.get('unavailable', 'not run')} |" + " |" * 7)
+            text.append(f"| {mechanism} | {batch} | {ours.get('unavailable', 'not run')} |" + " |" * 8)
             continue
         theirs = peer.get("generate_tokens_s")
         text.append(
             f"| {mechanism} | {batch} | {ours['bytes'] / 1e9:.2f} | {ours['predicted_tokens_s']:,.0f} "
             f"| {ours['tokens_s']:,.0f} | {ours['predicted_ms'] / ours['ms']:.2f} | {ours['generate_tokens_s']:,.0f} "
             + (
-                f"| {theirs:,.0f} | {peer['how']} | {ours['generate_tokens_s'] / theirs:.2f} |"
+                f"| {theirs:,.0f} | {peer['how']} | {ours['tokens_s'] / theirs:.2f} "
+                f"| {ours['generate_tokens_s'] / theirs:.2f} |"
                 if theirs
-                else "| – " * 3 + "|"
+                else "| – " * 4 + "|"
             )
         )
     return "\n".join([*text, ""])
@@ -213,7 +214,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
         panel.set_xticks([x + 0.27 for x in range(len(names))], names, rotation=25, ha="right", fontsize=8)
         panel.set_title(f"batch {batch}", fontsize=10)
         panel.set_ylabel("tokens/s (lines: what the bytes predict)")
-    figure.axes[-1].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{result['device']}, bf16, a decoder of 1B parameters, 8k tokens in the cache", fontsize=11)
     figure.savefig(path, dpi=110)
 

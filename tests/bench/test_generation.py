@@ -33,7 +33,7 @@ def rows(batch: int) -> list[dict]:
 
 def test_the_table_sets_bytes_and_the_fastest_peer_beside_what_was_measured():
     text = generation.markdown(RESULT | {"rows": rows(16)})
-    assert "| MHA | 16 | 4.00 | 16,000 | 8,000 | 0.50 | 6,400 | 3,200 | static | 2.00 |" in text
+    assert "| MHA | 16 | 4.00 | 16,000 | 8,000 | 0.50 | 6,400 | 3,200 | static | 2.50 | 2.00 |" in text
     assert "| linear | 16 | OutOfMemoryError: too much |" in text
 
 
