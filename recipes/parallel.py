@@ -58,7 +58,7 @@ def follow_launcher(trainer: DictConfig) -> None:
     """Sets devices and num_nodes of a conf/trainer group, in place, to what torchrun or srun has started.
 
     Raises:
-        ValueError: when the group names another number itself, or asks for several nodes without a launcher.
+        ValueError: when the group asks for several nodes, and nothing has started their processes.
     """
     started_by = launcher()
     if started_by is None:
@@ -70,13 +70,9 @@ def follow_launcher(trainer: DictConfig) -> None:
         return
     processes = started_by.world_size()
     nodes = _nodes(started_by, processes)
-    name = "torchrun" if isinstance(started_by, TorchElasticEnvironment) else "srun"
-    asked = world_size(trainer)
-    if asked not in (1, processes):
-        raise ValueError(
-            f"{name} started {processes} processes on {nodes} nodes, but trainer.devices={trainer.devices} and "
-            f"trainer.num_nodes={trainer.num_nodes} ask for {asked}; leave both out, or let them agree"
-        )
+    if world_size(trainer) not in (1, processes):
+        name = "torchrun" if isinstance(started_by, TorchElasticEnvironment) else "srun"
+        log.warning("%s started %d processes, which train, whatever trainer.devices says", name, processes)
     trainer.devices, trainer.num_nodes = processes // nodes, nodes
 
 

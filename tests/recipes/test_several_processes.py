@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from recipes import parallel
 from recipes.run_folder import ResumeMismatch, RunFolder
 from recipes.uptrain import main, uptrain
 from tests.support.processes import srun, torchrun
@@ -112,3 +113,32 @@ def test_another_number_of_processes_keeps_the_sequences_of_a_step_or_is_refused
     wrong = tiny.config("resume=auto", "batch.size=2", "trainer.devices=2", "batch.accumulate=4")
     with pytest.raises(ResumeMismatch, match=r"batch.accumulate: 3 in the run, 4 now"):
         run.start(wrong, seeds={})
+
+
+@pytest.mark.parametrize(
+    ("variables", "main", "devices", "nodes"),
+    [
+        ({}, True, 3, 1),
+        ({"LOCAL_RANK": "1"}, False, 3, 1),  # of those that Lightning starts
+        ({"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, False, 4, 2),  # torchrun
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, True, 1, 1),
+        ({"SLURM_PROCID": "8", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"}, False, 8, 2),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"}, True, 8, 2),
+    ],
+)
+def test_one_process_of_all_nodes_is_the_main_one(monkeypatch, variables, main, devices, nodes):
+    if "RANK" in variables:
+        variables |= {"TORCHELASTIC_RUN_ID": "x"}
+    if "SLURM_NTASKS" in variables:
+        variables |= {"SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NAME": "train"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    trainer = OmegaConf.create({"devices": 3, "num_nodes": 1})
+    parallel.follow_launcher(trainer)
+    assert parallel.is_main_process() == main
+    assert (trainer.devices, trainer.num_nodes, parallel.world_size(trainer)) == (devices, nodes, devices * nodes)
+
+
+def test_several_nodes_need_something_that_starts_their_processes():
+    with pytest.raises(ValueError, match=r"trainer.num_nodes is 2: start runs on several nodes with torchrun or srun"):
+        parallel.follow_launcher(OmegaConf.create({"devices": 4, "num_nodes": 2}))
