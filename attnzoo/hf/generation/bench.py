@@ -28,6 +28,7 @@ from attnzoo.hf.generation.bench_peers import theirs, ways
 from attnzoo.hf.generation.bridge import graphed
 from attnzoo.hf.generation.build import cache_for
 from attnzoo.hf.generation.cache import HeldCache
+from attnzoo.hf.generation.generate import Written
 from attnzoo.hf.generation.graph import Step
 from attnzoo.hf.generation.layer import HeldLayer
 from attnzoo.hf.recurrent_cache import RecurrentLayer
@@ -71,7 +72,7 @@ def our_model(mechanism: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def ours(mechanism: str, batch: int, length: int, lock: Lock) -> dict[str, Any]:
-    """Milliseconds a step of `attnzoo.hf.generate`'s loop and of transformers' loop over the graph, and bytes."""
+    """Milliseconds a step as `attnzoo.hf.generate` makes it, and of transformers' loop over the graph, and bytes."""
     with lock.shared():
         model = our_model(mechanism)
         cache = cache_for(model, batch, common.room(length), OURS[mechanism][1])
@@ -79,7 +80,8 @@ def ours(mechanism: str, batch: int, length: int, lock: Lock) -> dict[str, Any]:
         model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
         fill(cache, length)
         error = _error(model, cache, tokens, length)
-        step = Step(model, cache, choose=lambda logits: logits.float().argmax(-1), fuse=True)
+        written = Written(tokens, common.STEPS * common.ROUNDS + 4, ends=None, pad=0)
+        step = Step(model, cache, choose=lambda logits: written.put(logits.float().argmax(-1)), fuse=True)
         for _ in range(3):
             step()
         torch.cuda.synchronize()

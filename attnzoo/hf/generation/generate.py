@@ -70,7 +70,7 @@ def generate(
             f"cache has {cache.rows} rows of max_length {cache.max_length} and holds {cache.get_seq_length()} tokens; "
             f"an empty one of {batch} rows and at least {width + count - 1} is needed"
         )
-    written = _Written(input_ids, count, config.eos_token_id, config.pad_token_id)
+    written = Written(input_ids, count, config.eos_token_id, config.pad_token_id)
     logits = _prompt(model, input_ids, attention_mask, cache)
     first = written.put(choose(logits))
     why = "there is no GPU" if not input_ids.is_cuda else refusal(model, cache)
@@ -96,7 +96,7 @@ def generate(
     return written.result()
 
 
-class _Written:
+class Written:
     """The tokens so far, and which rows have ended; all on the device.
 
     Args:
