@@ -36,7 +36,7 @@ class Evaluation:
         theirs; perplexity is its exponential.
     accuracy: the part of these tokens that the model held most likely, likewise.
     parameters: tied ones count once.
-    kv_bytes_per_token: growth of the filled cache, of one sequence, over a prompt.
+    kv_bytes_per_token: growth of the filled cache, of one sequence, over a prompt, in the model's dtype.
     prefill_tokens_per_s, decode_tokens_per_s: of one sequence; None when speed was not measured.
     batch_decode_tokens_per_s: of many sequences together with long caches; None when that was not measured.
     domains: cross_entropy, accuracy and tokens of each domain of the text.
@@ -102,7 +102,8 @@ def evaluate(
             scores = {domain: score(model, batches, device) for domain, batches in domains.items()}
             longest = getattr(model.config, "max_position_embeddings", 1 << 20) // 2
             prompt_tokens = min(prompt_tokens, longest)
-            cache_bytes = cache_bytes_per_token(model, prompt_tokens)
+            with torch.autocast(device.type, enabled=False):  # in which some caches would be of another dtype
+                cache_bytes = cache_bytes_per_token(model, prompt_tokens)
             prefill, written = measure_speed(model, prompt_tokens) if speed else (None, None)
             together = decode_speed(model, **{**decode, "length": min(decode["length"], longest)}) if decode else None
             samples = write_on(model, tokenizer, prompts, sample_tokens) if prompts and tokenizer else {}

@@ -120,6 +120,8 @@ def test_the_cache_is_measured_and_not_assumed():
     one_token = 2 * 2 * 8 * 4  # layers, k and v, head_dim, bytes
     assert [measure(tiny(kv_heads=n)).kv_bytes_per_token for n in (4, 2, 1)] == [n * one_token for n in (4, 2, 1)]
     assert measure(tiny().bfloat16()).kv_bytes_per_token == one_token
+    with torch.autocast("cpu", torch.bfloat16):
+        assert measure(tiny()).kv_bytes_per_token == 2 * one_token  # of the model's own dtype
     window = tiny(kv_heads=1, cls=MistralForCausalLM, config=MistralConfig, sliding_window=9)
     assert measure(window).kv_bytes_per_token == one_token * 7 / 32  # eight keys are kept, the first was there before
 
