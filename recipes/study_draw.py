@@ -44,13 +44,12 @@ def curves(results: Results) -> Figure:
     for number, entry in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1, sharey=shared)
         shared = shared or axes
-        for run in results["arms"]:
-            alone = not run["axes"]
-            if not alone and first and run["axes"][0] != entry:
-                continue
-            place = 0 if alone else 1 + (second.index(run["axes"][1]) if len(run["axes"]) > 1 else 0)
-            label = run["name"] if alone else ", ".join(run["axes"][1:]) or run["name"]
-            _curve(axes, run, label, "#777777" if alone else COLOURS[(place - 1) % len(COLOURS)], alone)
+        own = [run for run in results["arms"] if _panel(run, panels) == entry]
+        for run in [one for one in results["arms"] if _panel(one, panels) is None]:
+            _curve(axes, run, run["name"], "#777777", True)
+        for place, run in enumerate(own):
+            line = second.index(run["axes"][1]) if len(run["axes"]) > 1 else max(place, len(second))
+            _curve(axes, run, run["name"].removeprefix(f"{entry}, "), COLOURS[line % len(COLOURS)], False)
         original = results["arms"][0]["evaluations"][0]
         axes.axhline(original["cross_entropy"], color="#777777", linestyle=":", linewidth=1.2)
         axes.annotate(
@@ -70,7 +69,8 @@ def curves(results: Results) -> Figure:
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
         quiet(axes, grid="y")
         if number == 0:
             axes.set_ylabel("cross-entropy, nats", color=TEXT)
@@ -160,6 +160,12 @@ def compare(results: Results) -> Figure:
 
 
 DRAWN: Mapping[str, Callable[[Results], Figure]] = {"curves": curves, "gqa_paper": gqa_paper, "compare": compare}
+
+
+def _panel(run: Run, panels: Sequence[str]) -> str | None:
+    """The entry of the first axis that a run belongs to, one by itself by the beginning of its name; None: to all."""
+    first = run["axes"][0] if run["axes"] else run["name"].partition(",")[0]
+    return first if first in panels else None
 
 
 def _curve(axes: Axes, run: Run, label: str, colour: str, dashed: bool) -> None:

@@ -174,7 +174,7 @@ def run(name, axes, ends, seed=0, overrides=(), decode=1000.0):
 
 CURVES = results(
     [["mean", "svd"], ["CE", "KL"]],
-    [run("control", [], [3.0, 2.7])]
+    [run("control", [], [3.0, 2.7]), run("svd, CE, longer", [], [9.0, 2.9])]
     + [run(f"{a}, {b}", [a, b], [9.0, 4.0, 3.2]) for a in ("mean", "svd") for b in ("CE", "KL")],
 )
 PAPER = results(
@@ -225,7 +225,7 @@ def test_a_study_runs_resumes_and_shares_what_its_runs_have_in_common(tmp_path):
     assert log.count("starts in") == 3
     record = json.loads((tmp_path / "studies" / "recovery" / "results.json").read_text())
     assert [one["name"] for one in record["arms"]] == ["control", "mean, CE", "mean, KL"]
-    assert len(record["missing"]) == 10
+    assert len(record["missing"]) == 11
     originals = [one["evaluations"][0] for one in record["arms"]]
     assert originals[1] == originals[2] and originals[0]["cross_entropy"] == originals[1]["cross_entropy"]
     assert len(list((tmp_path / "studies" / "common" / "converted").glob("*/config.json"))) == 1
