@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from recipes.data import TextDataModule
 from recipes.evaluate import evaluate
+from recipes.evaluate_decode import decode_speed
 from recipes.packed import forward_packed, pack
 from recipes.scores import score
 from tests.support.text import caches, documents, word_tokenizer, write_corpus  # noqa: F401
@@ -139,6 +140,17 @@ def test_parameters_that_are_tied_count_once_and_the_mode_stays(caches, tmp_path
 def test_speed_is_measured_when_asked_for():
     found = evaluate(tiny(), [pack([torch.arange(1, 20).numpy()])], name="", device="cpu")
     assert found.prefill_tokens_per_s > 0 and found.decode_tokens_per_s > 0
+
+
+def test_decoding_many_sequences_is_measured_with_caches_that_the_positions_allow():
+    batches = [pack([torch.arange(1, 20).numpy()])]
+    model = tiny("attnzoo")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = evaluate(model, batches, name="", speed=False, decode={"batch": 3, "length": 4096}, device="cpu")
+    assert found.batch_decode_tokens_per_s > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    with pytest.raises(ValueError, match="needs model.attn_implementation=attnzoo"):
+        decode_speed(tiny("sdpa"), batch=1, length=8)
 
 
 def test_low_precision_logits_are_scored_in_fp32():
