@@ -149,7 +149,7 @@ def test_decoding_many_sequences_is_measured_with_caches_that_the_positions_allo
     found = evaluate(model, batches, name="", speed=False, decode={"batch": 3, "length": 4096}, device="cpu")
     assert found.batch_decode_tokens_per_s > 0
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    with pytest.raises(ValueError, match="needs model.attn_implementation=attnzoo"):
+    with pytest.raises(ValueError, match=r"needs model\.attn_implementation=attnzoo"):
         decode_speed(tiny("sdpa"), batch=1, length=8)
 
 
