@@ -13,7 +13,7 @@ import hydra
 import torch
 from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import attnzoo
 import attnzoo.hf
@@ -128,6 +128,12 @@ def convert_to_train(source: Path, spec: Spec, out: Path, convert: Mapping[str, 
     That is `convert_folder`'s, but for latent attention: deepseek_v3's latents are scaled far below what AdamW and
     bfloat16 work with, so the folder holds attnzoo's own layers, without a norm. `recipes.export` writes the stock one.
     """
+    if isinstance(spec, GQA) and spec.mask is not None and spec.num_kv_heads is None and convert["layers"] is None:
+        layers = AutoConfig.from_pretrained(source).get_text_config().num_hidden_layers
+        convert = {
+            **convert,
+            "layers": list(range(layers)),
+        }  # so that masks go in that no stock class has in all layers
     if not isinstance(spec, MLA):
         return convert_folder(source, spec, out, convert)
     from attnzoo.hf.calibration_text import token_rows

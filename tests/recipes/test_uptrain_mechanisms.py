@@ -104,6 +104,14 @@ def test_a_window_beside_kept_layers_trains_as_a_stock_class(tiny, tmp_path):
     assert_loads(tiny, made, tmp_path, model_type="ministral", trust=False)
 
 
+def test_a_mask_that_no_stock_class_has_goes_into_all_layers_and_comes_with_its_code(tiny, tmp_path):
+    made, found = run(tiny, tmp_path / "run", "attention=window_sinks", "attention.mask.first.window=6", "objective=kl")
+    config = json.loads((made.uptrained / "config.json").read_text())
+    assert [layer["mask"]["pattern"] for layer in config["attnzoo"]["layers"]] == ["or", "or"]
+    assert found["converted"]["cross_entropy"] != found["original"]["cross_entropy"]
+    assert_loads(tiny, made, tmp_path, model_type="attnzoo_llama", trust=True)
+
+
 def test_a_folder_that_is_for_use_and_a_method_for_heads_are_refused(tiny, tmp_path):
     import attnzoo
 

@@ -136,7 +136,8 @@ def _rope_part(q: Tensor, planes: Planes, rope: RopePart, group: int) -> tuple[T
     queries = torch.complex(q[:, :half], q[:, half : rope.rotary_dim])[:, f_of]  # [H, planes, dim + 1]
     mixing = planes.mixing[f_of, :, j_of].T.repeat_interleave(group, dim=0)  # [H, planes]
     dropped = torch.arange(planes.worth.shape[1], device=q.device) >= torch.tensor(counts, device=q.device)[:, None]
-    left = torch.einsum("fhj,fjd->hfd", planes.mixing * dropped[:, None, :], planes.rows) * rope.blind[:, None]
+    blind = rope.blind.to(q.device)[:, None]
+    left = torch.einsum("fhj,fjd->hfd", planes.mixing * dropped[:, None, :], planes.rows) * blind
     left[..., -1] = 0
     return _real(mixing.conj()[:, :, None] * queries), _real(planes.rows[f_of, j_of]), _real(left)
 
