@@ -74,6 +74,8 @@ class Zero(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         import deepspeed
 
+        if type(optimizer) is not torch.optim.AdamW:  # it gets flat parts of several weights
+            raise ValueError("trainer.strategy=deepspeed runs optimizer.method=adamw alone; take that, or trainer=ddp")
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         engine, zero, _, _ = deepspeed.initialize(
