@@ -39,15 +39,16 @@ def run(suites: tuple[str, ...], out: Path, orders: Path | None, jobs: int, comm
     about["limits"] = limits()
     print("# " + json.dumps(about["limits"]), flush=True)
     rows: list[Row] = []
-    for case in (case for case in todo if case.suite != "features"):
-        rows += time_together([case])
-    rows += time_together([case for case in todo if case.suite == "features"])  # which are compared with one another
-    about["seconds"] = round(time.perf_counter() - started)
-    for suite in suites:
-        some = [row for row in rows if row["suite"] == suite]
+    for suite in suites:  # each written when it is done
+        some: list[Row] = []
+        own = [case for case in todo if case.suite == suite]
+        for together in [own] if suite == "features" else [[case] for case in own]:
+            some += time_together(together)  # features are compared with one another
+        rows += some
+        about["seconds"] = round(time.perf_counter() - started)
         report.write(out / f"attention_{suite}_{report.slug(about['device'])}.json", about | {"rows": some})
-    if orders is not None:
-        table.write(orders, about, rows)
+        if orders is not None:
+            table.write(orders, about, rows)
     report.draw(out)
     wrong = [row for row in rows if row.get("error_ratio", 0) > 1]
     print(f"# {len(rows)} rows, {len(wrong)} wrong, {about['seconds']} s")
