@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"], help="all: without table")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the JSON files and plots")
     parser.add_argument("--table", type=Path, help="write the measured order of backends into this times.json")
-    parser.add_argument("--jobs", type=int, default=12, help="processes that set up and compile side by side")
+    parser.add_argument("--jobs", type=int, default=7, help="processes that set up and compile side by side")
     names = list(generation.MECHANISMS)
     parser.add_argument("--mechanisms", nargs="+", choices=names, default=names, help="of generation")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of generation")
