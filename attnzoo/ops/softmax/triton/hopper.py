@@ -363,7 +363,7 @@ def _softmax(
         s = gl.where(seen, s, float("-inf"))
     shrink = total
     if BOUNDED:
-        weights = gl.exp2(s * scale) if MASKED else _exp2_by_turns(s * scale)
+        weights = gl.exp2(s * scale)
         total = total + gl.sum(weights, 1)
     else:
         higher = gl.maximum(top, gl.max(s, 1) * scale)
@@ -372,32 +372,6 @@ def _softmax(
         total = total * shrink + gl.sum(weights, 1)
         top = higher
     return weights, top, total, shrink
-
-
-@gluon.jit
-def _exp2_by_turns(x):
-    """2^x of numbers between -126 and 126, every second one by a polynomial: one unit makes exponentials and a tanh,
-    and both together would keep it busy for as long as the products take."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 whole, part, value, exponent;
-        ex2.approx.ftz.f32 $0, $2;
-        add.rn.f32 whole, $3, 0f4B400000;
-        sub.rn.f32 part, whole, 0f4B400000;
-        sub.rn.f32 part, $3, part;
-        fma.rn.f32 value, part, 0f3C1D955B, 0f3D635847;
-        fma.rn.f32 value, value, part, 0f3E75FDF0;
-        fma.rn.f32 value, value, part, 0f3F317218;
-        fma.rn.f32 value, value, part, 0f3F800000;
-        shl.b32 exponent, whole, 23;
-        add.s32 $1, exponent, value;
-        }""",
-        "=r,=r,r,r",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
-    )
 
 
 @gluon.jit
