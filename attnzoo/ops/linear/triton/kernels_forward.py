@@ -2,8 +2,7 @@
 
 A program holds a block of the values' columns and all features, and its state transposed [BV, BD]. If STATE_FIRST the
 state is a matrix product's first operand, straight from the registers in which it is summed, and outputs come out
-transposed: so a block may have 128 columns, over two groups of warps. The normaliser's sums z are then a product with
-ones, and otherwise, where registers are left, sums by the threads that hold the keys: each is the faster one there.
+transposed: so a block may have 128 columns, over two groups of warps. The normaliser's sums z are a product with ones.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +16,6 @@ from attnzoo.ops.linear.triton.tiles import (
     NARROW,
     decay_since,
     decay_until,
-    every_narrowth,
     head_base,
     inverse_or_zero,
     load_features,
@@ -200,9 +198,7 @@ def attend(
     s, before = state_before(
         s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, v0, 0, NORMALIZE, D, DV, BV, BD
     )
-    z = twice(before)  # [NARROW, BD]
-    if not STATE_FIRST:
-        z = z / 2  # rows that sum to z
+    z = twice(before)
     ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
     start = begin + place * part
     stop = tl.maximum(tl.minimum(start + part, stop), start)
@@ -214,11 +210,7 @@ def attend(
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             weights = mask_weights(weights, rate, False, CHUNK)
         if NORMALIZE:
-            if STATE_FIRST:
-                z_rows = pieces(z, COMPUTE)
-            else:
-                z_rows = z.to(COMPUTE)
-            weight = tl.sum(tl.dot(queries, tl.trans(z_rows), input_precision=PRECISION), 1)
+            weight = tl.sum(tl.dot(queries, tl.trans(pieces(z, COMPUTE)), input_precision=PRECISION), 1)
         if STATE_FIRST:
             read = tl.dot(s.to(COMPUTE), tl.trans(queries), input_precision=PRECISION)  # [BV, CHUNK]
         else:
@@ -243,10 +235,7 @@ def attend(
                 s, z = s * fade, z * fade
             s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
             if NORMALIZE:
-                if STATE_FIRST:
-                    z = tl.dot(ones, keys, z, input_precision=PRECISION)
-                else:
-                    z += every_narrowth(keys, CHUNK, BD)
+                z = tl.dot(ones, keys, z, input_precision=PRECISION)
         if NORMALIZE:
             if not FULL:
                 weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
@@ -265,10 +254,7 @@ def attend(
         if (place == count - 1) & (q_head % GROUP == 0):
             chunks = tl.cdiv(stop - start, CHUNK)
             blank = blank_keys(start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
-            z_after = tl.sum(z, 0)
-            if STATE_FIRST:
-                z_after = z_after / 2
-            store_state(s1, z1, n * kv_heads + head, v0, 0, s, z_after - blank, NORMALIZE, D, DV, BV, BD)
+            store_state(s1, z1, n * kv_heads + head, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit

@@ -195,7 +195,7 @@ def times_slope(d, features, MAP: tl.constexpr):
 
 @triton.jit
 def twice(x):
-    """[NARROW, N]: the vector x [N] in the first two rows, zeros below."""
+    """[NARROW, N]: the vector x [N] in the first two rows, zeros below. So z is kept (see `pieces`)."""
     return tl.where((tl.arange(0, NARROW) < 2)[:, None], x[None, :], 0.0)
 
 
@@ -205,12 +205,6 @@ def pieces(z, COMPUTE: tl.constexpr):
     row = tl.arange(0, NARROW)[:, None]
     high = z.to(COMPUTE).to(tl.float32)
     return tl.where(row == 0, high, tl.where(row == 1, z - high, 0.0)).to(COMPUTE)
-
-
-@triton.jit
-def every_narrowth(x, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """[NARROW, BLOCK] in fp32: every NARROW-th row of x [CHUNK, BLOCK] summed, for which threads need not meet."""
-    return tl.sum(tl.reshape(x, [CHUNK // NARROW, NARROW, BLOCK]).to(tl.float32), 0)
 
 
 @triton.jit
