@@ -398,7 +398,7 @@ def test_memory_is_linear_in_length_forward_and_backward(form: str) -> None:
 def test_explain_names_the_choice_and_every_reason() -> None:
     q, k, v = draw(2, 1, 8, 4, 4)
     first, *rest = ops.explain_linear(q, k, v).splitlines()
-    assert first.startswith("triton: ") and first.endswith("has no fp64")  # and without the interpreter, no GPU's tensors
+    assert first.startswith("triton: ") and first.endswith("has no fp64")  # perhaps also that it needs a GPU
     assert rest == [
         "recurrent: has no gradient",
         "chunked: runs",
