@@ -7,6 +7,7 @@ A sequence (a row, or a packed document) is cut into parts of `part` tokens, one
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # Rows of the tile in which the normaliser's sums stand: as many as a matrix product needs at least.
 NARROW = tl.constexpr(16)
@@ -133,7 +134,8 @@ def apply_map(x, MAP: tl.constexpr):
 def elu_of_pairs(x):
     """elu(x) + 1 of bf16: the lesser of e^x and max(x, 0) + 1, two numbers an instruction but for the exponentials.
 
-    Said to be impure, or else the compiler maps anew for every layout in which a product wants the features.
+    Said to be impure, or else the compiler maps anew for every layout in which a product wants the features. Where the
+    GPU here is a Blackwell it is pure, as the pipeliner for those takes nothing else.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -155,7 +157,7 @@ def elu_of_pairs(x):
         "=r,r",
         [x],
         dtype=tl.bfloat16,
-        is_pure=False,
+        is_pure=cuda_capability_geq(10, 0),
         pack=2,
     )
 
