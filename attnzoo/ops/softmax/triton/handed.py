@@ -31,14 +31,17 @@ def empty_as(t: Tensor, dim: int | None = None) -> Tensor:
 
 
 def plain_rows(t: Tensor) -> Tensor:
+    """`t` with numbers of a row side by side; a copy only where they are not."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def with_plain_rows(x: Arguments) -> Arguments:
+    """The call with plain rows in q, k and v."""
     return x._replace(q=plain_rows(x.q), k=plain_rows(x.k), v=plain_rows(x.v))
 
 
 def capability(x: Arguments) -> tuple[int, int]:
+    """Compute capability of the call's device; that of an A100 under the interpreter."""
     return capability_of(x.q.device.index) if x.q.device.type == "cuda" else (8, 0)
 
 
@@ -51,6 +54,7 @@ def tiles_each(x: Arguments, pattern: Pattern, length: int, block: int) -> int:
 
 
 def constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
+    """What is compiled into a kernel: sizes, tiles and the mask's shape."""
     dim, v_dim = x.q.shape[-1], x.v.shape[-1]
     least = least_columns(x, capability(x))
     block, extra = head_blocks(dim, least)
@@ -76,16 +80,19 @@ def constants(x: Arguments, pattern: Pattern, tiles: Tiles) -> dict[str, Any]:
 
 
 def options(x: Arguments) -> tuple[Tensor | None, ...]:
+    """The optional tensors, in the kernels' order."""
     return (x.slopes, x.bias, x.dense, x.key_lengths, x.cu_q, x.cu_k, x.seed)
 
 
 def option_strides(x: Arguments) -> tuple[int, ...]:
+    """Strides of the bias and of the dense mask, four each, and of the slopes' rows; 0 for what is not there."""
     bias, dense = ((0, 0, 0, 0) if t is None else t.stride() for t in (x.bias, x.dense))
     slopes = x.slopes.stride(0) if x.slopes is not None and x.slopes.dim() == 2 else 0
     return (*bias, *dense, slopes)
 
 
 def numbers(x: Arguments, pattern: Pattern, each: int) -> tuple[Any, ...]:
+    """Lengths, counts and scalars, in the kernels' order; `each` programs a head."""
     documents = 1 if x.cu_q is None else x.cu_q.shape[0] - 1
     lengths = (x.q.shape[1], x.q.shape[2], x.k.shape[2], each, documents, pattern.window, pattern.ahead)
     return (*lengths, x.scale, x.softcap, x.dropout_p)
@@ -125,4 +132,5 @@ def row_descriptor(t: Tensor, rows: int, pattern: Pattern) -> TensorDescriptor |
 
 
 def ends(x: Arguments, pattern: Pattern, copied: tuple[TensorDescriptor | None, ...]) -> int:
+    """How partial tiles are read: 0 by pointers, where some tensor cannot be copied; else as `ends_of` says."""
     return 0 if None in copied else ends_of(x, pattern)
