@@ -15,10 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnzoo.ops.softmax.triton.hopper_keys import clear_rows
-
-LOG2E = gl.constexpr(1.4426950408889634)
-UNSPECIALISED = ("heads", "group", "q_len", "k_len", "tiles_each", "window", "ahead")
+from attnzoo.ops.softmax.triton.hopper import LOG2E
+from attnzoo.ops.softmax.triton.hopper_keys import UNSPECIALISED, clear_rows
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
