@@ -12,6 +12,7 @@ from attnzoo.caches import Cache, RecurrentStateCache
 from attnzoo.layers.feature_maps import Hedgehog, RandomFeatures
 from attnzoo.layers.grouped_query import GroupedQueryAttention
 from attnzoo.layers.inputs import check_inputs, zero_padding
+from attnzoo.layers.linear_inputs import check_state_cache, decay_of_heads
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal
@@ -86,7 +87,7 @@ class LinearAttention(GroupedQueryAttention):
             scale=scale,
         )
         self.feature_map, self.normalize, self.causal, self.window = feature_map, normalize, causal, window
-        self.decay = _decay_of_heads(decay, self.num_kv_heads)
+        self.decay = decay_of_heads(decay, self.num_kv_heads)
         self.register_buffer("log_decay", None, persistent=False)
         self._set_decay(torch.float32, self.q_proj.weight.device)
         self.learned_map: RandomFeatures | Hedgehog | None = None
@@ -270,26 +271,11 @@ class LinearAttention(GroupedQueryAttention):
         return self._linear(f_q, f_k[:, :, :0], v[:, :, :0], False, initial_state=cache.state)
 
     def _checked(self, cache: Cache, batch: int, crossed: bool) -> RecurrentStateCache:
-        if not isinstance(cache, RecurrentStateCache):
-            raise ValueError(f"cache is a {type(cache).__name__}; this layer takes a RecurrentStateCache")
         if not self.causal and not crossed:
             raise ValueError("cache given to a layer that is not causal")
-        if crossed and cache.rollback:
-            raise ValueError(f"cache has rollback {cache.rollback}; one for a context takes none")
-        ours = (batch, self.num_kv_heads, self.feature_dim, self.head_dim)
-        theirs = (cache.batch_size, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
-        if theirs != ours:
-            raise ValueError(f"cache is made for batch, heads, features and head_dim {theirs}; here they are {ours}")
-        for name, here in (
-            ("feature_map", self.elementwise_map),
-            ("normalize", self.normalize),
-            ("window", self.window),
-        ):
-            if getattr(cache, name) != here:
-                raise ValueError(f"cache is made for {name} {getattr(cache, name)!r}; here it is {here!r}")
-        if (self.log_decay is None) != (cache.log_decay is None):
-            raise ValueError("cache and layer must both have a decay, or neither")
-        return cache
+        sizes = batch, self.num_kv_heads, self.feature_dim, self.head_dim
+        settings = {"feature_map": self.elementwise_map, "normalize": self.normalize, "window": self.window}
+        return check_state_cache(cache, sizes, settings, decays=self.log_decay is not None, crossed=crossed)
 
     def _set_decay(self, dtype: torch.dtype, device: torch.device) -> None:
         if self.decay is not None:
@@ -301,13 +287,3 @@ class LinearAttention(GroupedQueryAttention):
         if self.log_decay is not None:
             self._set_decay(torch.promote_types(self.log_decay.dtype, torch.float32), self.log_decay.device)
         return self
-
-
-def _decay_of_heads(decay: Sequence[float] | str | None, heads: int) -> tuple[float, ...] | None:
-    if decay is None:
-        return None
-    if isinstance(decay, str):
-        return tuple(1 - 2.0 ** (-5 - head) for head in range(heads))
-    if len(decay) != heads:
-        raise ValueError(f"decay has {len(decay)} numbers; there are {heads} key/value heads")
-    return tuple(float(value) for value in decay)
