@@ -5,9 +5,10 @@
 
 Models have random weights and see random tokens. Every row is one document, which is what stock attention is fastest
 on, or in the cases named `documents` several that do not see each other. All start from the same weights and see the
-same tokens, and their losses and gradients have to agree. A step is forward, backward, clipping and AdamW; a time is
-the median over steps, taken on the device, of one GPU's rows. `attnzoo-merged` runs projections of one input as one
-matmul.
+same tokens, and their losses and gradients have to agree. A step is forward, backward, clipping and AdamW.
+
+Contestants take turns of a few steps in one process. A time is the median over the steps of all turns but the first, on
+the device's clock, without each turn's first step, for which the device had to wait.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +39,6 @@ from recipes import parallel
 from recipes.compiling import compile_model
 from recipes.heads import head_of
 from recipes.losses import linear_cross_entropy
-from recipes.merging import merge_projections
 from recipes.module import Uptraining
 from recipes.objectives import CE, Objective
 from recipes.packed import pack, shifted_labels
@@ -46,7 +47,7 @@ from recipes.trainer import build_trainer
 from recipes.windows import Windows
 
 PEAK = 989e12  # bf16 flops a second of an H200 or H100 SXM, by its data sheet
-STEPS, WARM_UP, COMPARED = 30, 8, 8
+TURNS, TURN, COMPARED = 5, 5, 8  # steps of a turn, and steps whose losses are compared
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, to see that it runs
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
@@ -73,7 +74,10 @@ CASES: dict[str, dict[str, Any]] = {
 for case in ("smollm2", "llama-1b"):
     CASES[f"{case}-documents"] = CASES[case] | {"documents": CASES[case]["length"] // 3}  # their mean length
 
-CONTESTANTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "attnzoo", "attnzoo-merged")
+# "eager" is the plain loop; "attnzoo" is the recipe as it runs, on packed documents under Lightning's trainer; all
+# others are the recipe's step on rows, by their attention.
+CONTESTANTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_4", "attnzoo-rows", "attnzoo")
+PACKAGES = {"flash_attention_2": "flash_attn.flash_attn_interface", "flash_attention_4": "flash_attn.cute"}
 
 
 def main() -> None:
@@ -100,76 +104,126 @@ def main() -> None:
 
 
 def measurements(cases: list[str], contestants: list[str], compile: str) -> Iterator[dict[str, Any]]:
-    """A row for each contestant in each case; one that cannot run says why."""
+    """A row for each contestant in each case; one of transformers' that cannot run says why."""
     for case in cases:
-        for name in contestants:
-            if name == "flash_attention_2" and find_spec("flash_attn") is None:
-                yield {"case": case, "name": name, "skipped": "flash-attn is not installed"}
-                continue
-            torch._dynamo.reset()
-            gc.collect()
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            attention = "sdpa" if name == "eager" else name.removesuffix("-merged")
-            model = build(CASES[case]["model"], attention)
-            if name.endswith("-merged"):
-                merge_projections(model)
-            run = plain_loop if name == "eager" else with_trainer if attention == "attnzoo" else recipe_loop
-            measured = run(model, CASES[case], compile)
-            yield {"case": case, "name": name, **measured.row(began, CASES[case])}
-            del model
+        torch._dynamo.reset()
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        for name, measured in in_turns(CASES[case], contestants, compile).items():
+            yield {"case": case, "name": name, **measured.row(CASES[case])}
+
+
+def in_turns(case: Mapping[str, Any], contestants: list[str], compile: str) -> dict[str, Measured]:
+    """All contestants' steps. A trainer cannot be left in the middle, so the others have their turns inside of it."""
+    all_measured = {name: Measured() for name in contestants}
+    loops = {}
+    for name, measured in all_measured.items():
+        package = PACKAGES.get(name)
+        if package is not None and not installed(package):
+            measured.skipped = f"{package.partition('.')[0]} is not installed"
+        elif name != "attnzoo":
+            loops[name] = (plain_loop if name == "eager" else recipe_loop)(name, case, compile, measured)
+
+    def turns_of_others() -> None:
+        for name, steps in list(loops.items()):
+            measured = all_measured[name]
+            try:
+                measured.begin()
+                for _ in range(TURN):
+                    next(steps)
+                    measured.tick()
+                measured.end()
+            except Exception as error:
+                if name.startswith("attnzoo"):
+                    raise
+                measured.skipped = f"{type(error).__name__}: {error}".splitlines()[0]
+                del loops[name]
+
+    if "attnzoo" in contestants:
+        with_trainer(case, compile, all_measured["attnzoo"], turns_of_others)
+    else:
+        for _ in range(TURNS):
+            turns_of_others()
+    for steps in loops.values():
+        next(steps, None)  # to its end
+    return all_measured
+
+
+def installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 class Measured:
-    """Step times on the device, and the losses and norms of the gradients, of one contestant."""
+    """Step times on the device, memory, and the losses and norms of the gradients, of one contestant."""
 
     def __init__(self) -> None:
-        self.moments: list[Any] = []
-        self.first: float | None = None  # when the first step was over
+        self.turns: list[list[Any]] = []  # moments: when a turn begins, and when each of its steps is over
         self.loss: list[float] = []
         self.gradient_norm: list[float] = []
+        self.skipped = ""  # why there is nothing
+        self.start_s = 0.0  # until the first turn is over, with all that is compiled
+        self._others = self._held = self._peak = 0  # bytes
+
+    def begin(self) -> None:
+        """A turn begins; what its first one allocates and keeps is this contestant's own."""
+        wait()
+        self._began = time.perf_counter()
+        if DEVICE == "cuda":
+            self._others = torch.cuda.memory_allocated() - self._held
+            torch.cuda.reset_peak_memory_stats()
+        self.turns.append([moment()])
 
     def tick(self) -> None:
         """A step is over."""
-        if self.first is None:
-            wait()
-            self.first = time.perf_counter()
-        self.moments.append(moment())
+        self.turns[-1].append(moment())
 
-    def row(self, began: float, case: Mapping[str, Any]) -> dict[str, Any]:
+    def end(self) -> None:
+        """A turn is over."""
         wait()
-        assert self.first is not None
-        pairs = zip(self.moments[WARM_UP:-1], self.moments[WARM_UP + 1 :], strict=True)
-        ms = median(milliseconds(*pair) for pair in pairs)
+        self.start_s = self.start_s or time.perf_counter() - self._began
+        if DEVICE == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated() - self._others)
+            self._held = torch.cuda.memory_allocated() - self._others
+
+    def row(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        if self.skipped:
+            return {"skipped": self.skipped}
+        times = [milliseconds(*pair) for turn in self.turns[1:] for pair in pairwise(turn[1:])]
+        ms = median(times)
         gpus = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         tokens = case["rows"] * case["length"]
         return {
             "gpus": gpus,
             "tokens_per_step": tokens * gpus,
             "ms": ms,
+            "ms_of_turns": [median(milliseconds(*pair) for pair in pairwise(turn[1:])) for turn in self.turns[1:]],
             "tokens_per_s": tokens * gpus / ms * 1e3,
             "mfu": flops(case) * tokens / ms * 1e3 / PEAK,
-            "start_s": self.first - began,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
+            "start_s": self.start_s,
+            "peak_gib": self._peak / 2**30,
             "loss": self.loss[:COMPARED],
             "gradient_norm": self.gradient_norm[:COMPARED],
         }
 
 
-def plain_loop(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -> Measured:
+def plain_loop(name: str, case: Mapping[str, Any], compile: str, measured: Measured) -> Iterator[None]:
     """What one would write by hand: the model's logits, `F.cross_entropy`, autocast and AdamW."""
+    model = build(case["model"], "sdpa")
 
     def loss(inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         logits = model(**inputs, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets)
 
-    return loop(model, case, loss)
+    return (yield from loop(model, case, loss, measured))
 
 
-def recipe_loop(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -> Measured:
+def recipe_loop(name: str, case: Mapping[str, Any], compile: str, measured: Measured) -> Iterator[None]:
     """What the recipe does, on rows instead of packed documents, which not every attention takes."""
+    model = build(case["model"], name.removesuffix("-rows"))
     head = head_of(model)
     compile_model(model, compile, device=DEVICE)
 
@@ -177,14 +231,17 @@ def recipe_loop(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         return linear_cross_entropy(hidden.flatten(0, 1), targets=targets, **head._asdict()) / (targets != -100).sum()
 
-    return loop(model, case, loss)
+    return (yield from loop(model, case, loss, measured))
 
 
 def loop(
-    model: PreTrainedModel, case: Mapping[str, Any], loss_of: Callable[[dict[str, Tensor], Tensor], Tensor]
-) -> Measured:
-    """Trains without ever waiting for the device; all tokens lie there."""
-    measured, numbers = Measured(), []
+    model: PreTrainedModel,
+    case: Mapping[str, Any],
+    loss_of: Callable[[dict[str, Tensor], Tensor], Tensor],
+    measured: Measured,
+) -> Iterator[None]:
+    """Trains, a step for each value, without ever waiting for the device; all tokens lie there."""
+    numbers = []
     batches = [rows_of(case, pieces) for pieces in pieces_of(case)]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() < 2]
@@ -198,28 +255,35 @@ def loop(
         optimizer.step()
         optimizer.zero_grad()
         numbers.append(torch.stack([loss.detach(), norm]))
-        measured.tick()
+        del loss
+        yield
     measured.loss, measured.gradient_norm = torch.stack(numbers).t().tolist()
-    return measured
 
 
-def with_trainer(model: PreTrainedModel, case: Mapping[str, Any], compile: str) -> Measured:
+def with_trainer(case: Mapping[str, Any], compile: str, measured: Measured, between: Callable[[], None]) -> None:
     """The recipe as `attnzoo uptrain` runs it: Lightning's trainer, the module, packed batches from the host."""
-    measured = Measured()
+    steps = TURNS * TURN
 
     class Watch(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             measured.tick()
+            if trainer.global_step % TURN == 0:
+                measured.end()
+                between()
+                if trainer.global_step < steps:
+                    measured.begin()
 
     class Keep(DummyLogger):
         def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
             measured.loss.append(metrics["train/loss"])
             measured.gradient_norm.append(metrics["train/gradient_norm"])
 
+    measured.begin()
+    model = build(case["model"], "attnzoo")
     head_of(model)
     compile_model(model, compile, device=DEVICE)
     optimizer = {**OPTIMIZER, "method": "adamw", "schedule": "constant", "warmup": 0.0, "final": 1.0}
-    stage = Stage("bench", 0, STEPS, (CE(),), "all", optimizer)
+    stage = Stage("bench", 0, steps, (CE(),), "all", optimizer)
     module = Uptraining(model, [stage], [Objective(stage.terms)], gradient_clip_norm=CLIP)
     trainer = build_trainer(
         {
@@ -227,13 +291,12 @@ def with_trainer(model: PreTrainedModel, case: Mapping[str, Any], compile: str) 
             **{"log_every_n_steps": 1, "progress_bar": False, "reshard_after_forward": True},
             "devices": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
         },
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=[Watch()],
         loggers=[Keep()],
     )
     batches = [pack(pieces) for pieces in pieces_of(case)]
-    trainer.fit(module, train_dataloaders=Windows(_Loader(batches), steps=STEPS, pin=DEVICE == "cuda"))
-    return measured
+    trainer.fit(module, train_dataloaders=Windows(_Loader(batches), steps=steps, pin=DEVICE == "cuda"))
 
 
 class _Loader:
@@ -264,7 +327,7 @@ def build(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
 def pieces_of(case: Mapping[str, Any]) -> Iterator[list[np.ndarray]]:
     """The documents of each step, row by row; small ids are frequent, so that there is something to learn."""
     draw = np.random.default_rng(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
-    for _ in range(STEPS):
+    for _ in range(TURNS * TURN):
         pieces = []
         for _ in range(case["rows"]):
             ids = (draw.random(case["length"]) ** 3 * case["model"]["vocab_size"]).astype(np.int64)
