@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attnzoo.conversion.folders import to_disk
 from recipes.checkpoint_state import pack_state, unpack_state
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -114,15 +115,6 @@ def in_all(processes: Processes, work: Callable[[], T]) -> list[T]:
 
 def tensor_file(rank: int, size: int) -> str:
     return "tensors.safetensors" if size == 1 else f"tensors_{rank:05d}_of_{size:05d}.safetensors"
-
-
-def to_disk(path: Path) -> None:
-    """Waits until the file or folder has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _make_empty(folder: Path) -> None:

@@ -57,7 +57,7 @@ def whole_folder(out: str | Path, *, overwrite: bool = False, size: int = 0) -> 
             _exchange(partial, out)
         else:
             os.rename(partial, out)
-        _sync_entry(out.parent)
+        to_disk(out.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(_no_space(out, size)) from error
@@ -65,6 +65,17 @@ def whole_folder(out: str | Path, *, overwrite: bool = False, size: int = 0) -> 
     finally:
         # The unfinished folder, or the old one after an exchange.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, have reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_space(out: Path, size: int) -> None:
@@ -81,18 +92,8 @@ def _no_space(out: Path, size: int) -> str:
 
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        _sync_entry(path)
-    _sync_entry(folder)
-
-
-def _sync_entry(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        to_disk(path)
+    to_disk(folder)
 
 
 def _exchange(new: Path, old: Path) -> None:
