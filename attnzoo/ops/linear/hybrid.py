@@ -18,7 +18,8 @@ from attnzoo.ops.launching import interpreted
 from attnzoo.ops.linear.api import linear_attention
 from attnzoo.ops.linear.checks import check_boundaries, check_dtypes, check_map, check_tensors
 from attnzoo.ops.linear.common import apply_map, inverse_or_zero
-from attnzoo.ops.linear.triton.hybrid import hybrid_attention_triton, hybrid_reasons
+from attnzoo.ops.linear.triton.hybrid import hybrid_attention as fused
+from attnzoo.ops.linear.triton.hybrid import hybrid_reasons
 from attnzoo.ops.softmax.common import accumulation_dtype
 
 _LEAST_BLOCK = 32  # queries that are looked at together, unless the window is wider
@@ -84,9 +85,7 @@ def hybrid_attention(
             gain = q.new_ones(q.shape[1], dtype=torch.float32) if near_weight is None else near_weight
             factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
             late = min(window, q.shape[2])
-            return hybrid_attention_triton(
-                q, k, v, *features, gain, key_lengths, cu_seqlens, late, feature_map, factor
-            )[0]
+            return fused(q, k, v, *features, gain, key_lengths, cu_seqlens, late, feature_map, factor)[0]
         return _run(q, k, v, features, window, feature_map, near_weight, scale, key_lengths, cu_seqlens, backend)
 
 

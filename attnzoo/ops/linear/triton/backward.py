@@ -14,7 +14,7 @@ from attnzoo.ops.linear.triton.launch import (
     blocks,
     constants,
     empty_like_heads,
-    on_device_of,
+    launch,
     strides,
 )
 from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, is_full
@@ -42,78 +42,83 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     before: tuple[Tensor | None, ...] = (x.s0, x.z0, None, None)
     after: tuple[Tensor | None, ...] = (x.d_s1, x.d_z1, None, None)
     q_lengths = x.lengths if causal else None  # without causality queries have no padding: the lengths are the keys'
-    with on_device_of(x.q):
-        if not causal or parts.several:
-            late = sum_gradients(x._replace(lengths=q_lengths), dots, feature_map, normalize, scale, parts, config)
-            before, after = (x.s0, x.z0, x.sums, x.z_sums), (x.d_s1, x.d_z1, *late)
-        if not causal:
-            join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
-            before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
-        full = is_full(length, config, q_lengths, x.cu_seqlens)
-        kind: dict[str, Any] = {"CAUSAL": causal, "GROUP": x.group}
-        tail = (x.cu_seqlens, parts.table)
-        grad_queries[(parts.programs, heads, blocks(dim, config.queries))](
-            x.q,
-            x.k,
-            x.v,
-            x.d_out,
-            None if parts.several or not causal else x.out,
-            x.inverses,
-            dots,
-            d_q,
-            *before,
-            x.log_decay,
-            q_lengths,
-            *tail,
-            *strides(x.q, x.k, x.v, x.d_out, x.out, d_q),
-            length,
-            parts.parts,
-            parts.part,
-            scale,
-            **constants(
-                config,
-                config.queries,
-                normalize,
-                feature_map,
-                by_features=True,
-                CAUSAL=causal,
-                GROUP=x.group,
-                FULL=full,
-            ),
-        )
-        kind["GROUP"] = x.group if causal else 1
-        full = is_full(k_len, config, x.lengths, x.cu_seqlens)
-        sizes = (k_len, k_parts.parts, k_parts.part, scale)
-        where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
-        grad_keys[(k_parts.programs, kv_heads, blocks(dim, config.keys))](
-            x.q,
-            x.k,
-            x.v,
-            x.d_out,
-            x.inverses,
-            dots,
-            d_k,
-            *after,
-            d_s0 if causal and x.s0 is not None else None,
-            d_z0,
-            *where,
-            *strides(x.q, x.k, x.v, x.d_out, d_k),
-            *sizes,
-            **constants(config, config.keys, normalize, feature_map, by_features=True, FULL=full, **kind),
-        )
-        grad_values[(k_parts.programs, kv_heads, blocks(v_dim, config.values))](
-            x.q,
-            x.k,
-            x.d_out,
-            x.inverses,
-            d_v,
-            after[0],
-            after[2],
-            *where,
-            *strides(x.q, x.k, x.d_out, d_v),
-            *sizes,
-            **constants(config, config.values, normalize, feature_map, FULL=full, **kind),
-        )
+    if not causal or parts.several:
+        late = sum_gradients(x._replace(lengths=q_lengths), dots, feature_map, normalize, scale, parts, config)
+        before, after = (x.s0, x.z0, x.sums, x.z_sums), (x.d_s1, x.d_z1, *late)
+    if not causal:
+        join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
+        before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
+    full = is_full(length, config, q_lengths, x.cu_seqlens)
+    kind: dict[str, Any] = {"CAUSAL": causal, "GROUP": x.group}
+    tail = (x.cu_seqlens, parts.table)
+    launch(
+        grad_queries,
+        (parts.programs, heads, blocks(dim, config.queries)),
+        x.q,
+        x.k,
+        x.v,
+        x.d_out,
+        None if parts.several or not causal else x.out,
+        x.inverses,
+        dots,
+        d_q,
+        *before,
+        x.log_decay,
+        q_lengths,
+        *tail,
+        *strides(x.q, x.k, x.v, x.d_out, x.out, d_q),
+        length,
+        parts.parts,
+        parts.part,
+        scale,
+        **constants(
+            config,
+            config.queries,
+            normalize,
+            feature_map,
+            by_features=True,
+            CAUSAL=causal,
+            GROUP=x.group,
+            FULL=full,
+        ),
+    )
+    kind["GROUP"] = x.group if causal else 1
+    full = is_full(k_len, config, x.lengths, x.cu_seqlens)
+    sizes = (k_len, k_parts.parts, k_parts.part, scale)
+    where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
+    launch(
+        grad_keys,
+        (k_parts.programs, kv_heads, blocks(dim, config.keys)),
+        x.q,
+        x.k,
+        x.v,
+        x.d_out,
+        x.inverses,
+        dots,
+        d_k,
+        *after,
+        d_s0 if causal and x.s0 is not None else None,
+        d_z0,
+        *where,
+        *strides(x.q, x.k, x.v, x.d_out, d_k),
+        *sizes,
+        **constants(config, config.keys, normalize, feature_map, by_features=True, FULL=full, **kind),
+    )
+    launch(
+        grad_values,
+        (k_parts.programs, kv_heads, blocks(v_dim, config.values)),
+        x.q,
+        x.k,
+        x.d_out,
+        x.inverses,
+        d_v,
+        after[0],
+        after[2],
+        *where,
+        *strides(x.q, x.k, x.d_out, d_v),
+        *sizes,
+        **constants(config, config.values, normalize, feature_map, FULL=full, **kind),
+    )
     if mean is not None and d_s0.numel():
         d_z0 = d_z0 - centre.passed_on(d_s0, mean)
     if x.s0 is None:
@@ -142,7 +147,9 @@ def sum_gradients(
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=x.q.device)
     z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
     full = lag == 0 and is_full(x.q.shape[2], config, x.lengths, x.cu_seqlens)
-    sum_gradient_parts[(parts.programs, kv_heads, blocks(config.dim, tiles))](
+    launch(
+        sum_gradient_parts,
+        (parts.programs, kv_heads, blocks(config.dim, tiles)),
         x.q,
         x.d_out,
         x.out,

@@ -11,7 +11,7 @@ from attnzoo.ops.linear.triton.launch import (
     blocks,
     constants,
     empty_like_heads,
-    on_device_of,
+    launch,
     rows_contiguous,
     state_constants,
     strides,
@@ -46,46 +46,47 @@ def attend(
     out, inverses, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
-    with on_device_of(q):
-        before: tuple[Tensor | None, ...] = (s0, z0, None, None)
-        if not causal:
-            k_parts = cut(batch, kv_heads, k.shape[2], config, q.device, cu_seqlens)
-            found = sum_keys(k, v, None, lengths, cu_seqlens, feature_map, normalize, k_parts, config, skip_last=False)
-            join(s0, z0, *found, s1, z1, k_parts, normalize, config)
-            before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
-        elif parts.several:
-            sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
-            before = (s0, z0, sums, z_sums)
-        kernels.attend[(parts.programs, heads, blocks(v_dim, config.attend))](
-            q,
-            k,
-            v,
-            out,
-            inverses,
-            *before,
-            s1,
-            z1,
-            log_decay,
-            lengths,
-            cu_seqlens,
-            parts.table,
-            *strides(q, k, v, out),
-            length,
-            parts.parts,
-            parts.part,
-            scale,
-            **constants(
-                config,
-                config.attend,
-                normalize,
-                feature_map,
-                CAUSAL=causal,
-                GROUP=heads // kv_heads,
-                STATE_FIRST=config.attend.state_first,
-                ALIKE=q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2),
-                FULL=is_full(length, config, lengths, cu_seqlens),
-            ),
-        )
+    before: tuple[Tensor | None, ...] = (s0, z0, None, None)
+    if not causal:
+        k_parts = cut(batch, kv_heads, k.shape[2], config, q.device, cu_seqlens)
+        found = sum_keys(k, v, None, lengths, cu_seqlens, feature_map, normalize, k_parts, config, skip_last=False)
+        join(s0, z0, *found, s1, z1, k_parts, normalize, config)
+        before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
+    elif parts.several:
+        sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
+        before = (s0, z0, sums, z_sums)
+    launch(
+        kernels.attend,
+        (parts.programs, heads, blocks(v_dim, config.attend)),
+        q,
+        k,
+        v,
+        out,
+        inverses,
+        *before,
+        s1,
+        z1,
+        log_decay,
+        lengths,
+        cu_seqlens,
+        parts.table,
+        *strides(q, k, v, out),
+        length,
+        parts.parts,
+        parts.part,
+        scale,
+        **constants(
+            config,
+            config.attend,
+            normalize,
+            feature_map,
+            CAUSAL=causal,
+            GROUP=heads // kv_heads,
+            STATE_FIRST=config.attend.state_first,
+            ALIKE=q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2),
+            FULL=is_full(length, config, lengths, cu_seqlens),
+        ),
+    )
     return out, inverses, s1, z1, sums, z_sums
 
 
@@ -123,7 +124,9 @@ def sum_keys(
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=k.device)
     z_sums = sums.new_empty((parts.programs, kv_heads, config.dim) if normalize else 0)
     full = lag == 0 and is_full(k.shape[2], config, lengths, cu_seqlens)
-    kernels.sum_parts[(parts.programs, kv_heads, blocks(config.v_dim, tiles))](
+    launch(
+        kernels.sum_parts,
+        (parts.programs, kv_heads, blocks(config.v_dim, tiles)),
         k,
         v,
         sums,
@@ -156,11 +159,13 @@ def join(
     """Write s1 and z1: each sequence's state before, and the sums of its parts."""
     from attnzoo.ops.linear.triton import kernels_forward as kernels
 
-    kernels.join_parts[(*s1.shape[:2], blocks(config.v_dim, config.sums))](
-        s0,
-        z0,
+    launch(
+        kernels.join_parts,
+        (*s1.shape[:2], blocks(config.v_dim, config.sums)),
         sums,
         z_sums,
+        s0,
+        z0,
         s1,
         z1,
         parts.firsts,

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launching import triton_reasons
+from attnzoo.ops.launching import is_plain, triton_reasons
 from attnzoo.ops.linear.triton.backward import sum_gradients
+from attnzoo.ops.linear.triton.eager import with_shortcut
 from attnzoo.ops.linear.triton.forward import sum_keys
 from attnzoo.ops.linear.triton.given import Given
-from attnzoo.ops.linear.triton.launch import constants, empty_like_heads, on_device_of, rows_contiguous, strides
+from attnzoo.ops.linear.triton.launch import constants, empty_like_heads, launch, rows_contiguous, strides
 from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, hybrid_tiles, power_of_two
 
 LARGEST = 128  # of features, keys and values: all of them stand in a program's registers
@@ -30,8 +31,7 @@ def hybrid_reasons(q: Tensor, f_q: Tensor, v: Tensor) -> list[str]:
     return out
 
 
-@torch.library.custom_op("attnzoo::hybrid_attention_triton", mutates_args=())
-def hybrid_attention_triton(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -55,38 +55,38 @@ def hybrid_attention_triton(
     arg = torch.zeros(q.shape[:3], dtype=torch.int32, device=q.device)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
-    with on_device_of(q):
-        if parts.several:
-            sums, z_sums = sum_keys(f_k, v, None, key_lengths, cu_seqlens, feature_map, True, parts, config, lag=window)
-        kernels.hybrid_attend[(parts.programs, q.shape[1])](
-            q,
-            k,
-            v,
-            f_q,
-            f_k,
-            gain.contiguous(),
-            out,
-            inverses,
-            top,
-            arg,
-            sums if parts.several else None,
-            z_sums if parts.several else None,
-            key_lengths,
-            cu_seqlens,
-            parts.table,
-            *strides(q, k, v, f_q, f_k, out),
-            q.shape[2],
-            parts.parts,
-            parts.part,
-            window,
-            scale,
-            **kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1]),
-        )
+    if parts.several:
+        sums, z_sums = sum_keys(f_k, v, None, key_lengths, cu_seqlens, feature_map, True, parts, config, lag=window)
+    launch(
+        kernels.hybrid_attend,
+        (parts.programs, q.shape[1]),
+        q,
+        k,
+        v,
+        f_q,
+        f_k,
+        gain.contiguous(),
+        out,
+        inverses,
+        top,
+        arg,
+        sums if parts.several else None,
+        z_sums if parts.several else None,
+        key_lengths,
+        cu_seqlens,
+        parts.table,
+        *strides(q, k, v, f_q, f_k, out),
+        q.shape[2],
+        parts.parts,
+        parts.part,
+        window,
+        scale,
+        **kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1]),
+    )
     return out, inverses, top, arg, sums, z_sums
 
 
-@torch.library.custom_op("attnzoo::hybrid_attention_triton_backward", mutates_args=())
-def hybrid_attention_triton_backward(
+def _differentiate(
     d_out: Tensor,
     out: Tensor,
     inverses: Tensor,
@@ -119,58 +119,61 @@ def hybrid_attention_triton_backward(
     where = (key_lengths, cu_seqlens, parts.table)
     sizes = (q.shape[2], parts.parts, parts.part, window, scale)
     late: tuple[Tensor | None, Tensor | None] = (None, None)
-    with on_device_of(q):
-        if parts.several:
-            none = inverses.new_empty(0)
-            given = Given(
-                d_out, None, None, out, inverses, none, none, none, none, f_q, f_k, v, None, None, None, *where[:2]
-            )
-            late = sum_gradients(given, dots, feature_map, True, 1.0, parts, config, lag=window)
-        kernels.hybrid_grad_queries[(parts.programs, q.shape[1])](
-            q,
-            k,
-            v,
-            f_q,
-            f_k,
-            gain,
-            d_out,
-            out,
-            inverses,
-            top,
-            arg,
-            dots,
-            row_sums,
-            d_q,
-            d_fq,
-            sums if parts.several else None,
-            z_sums if parts.several else None,
-            *where,
-            *strides(q, k, v, f_q, f_k, d_out, out, d_q, d_fq),
-            *sizes,
-            **options,
+    if parts.several:
+        none = inverses.new_empty(0)
+        given = Given(
+            d_out, None, None, out, inverses, none, none, none, none, f_q, f_k, v, None, None, None, *where[:2]
         )
-        kernels.hybrid_grad_keys[(parts.programs, k.shape[1])](
-            q,
-            k,
-            v,
-            f_q,
-            f_k,
-            gain,
-            d_out,
-            inverses,
-            top,
-            arg,
-            dots,
-            row_sums,
-            d_k,
-            d_v,
-            d_fk,
-            *late,
-            *where,
-            *strides(q, k, v, f_q, f_k, d_out, d_k, d_v, d_fk),
-            *sizes,
-            **options,
-        )
+        late = sum_gradients(given, dots, feature_map, True, 1.0, parts, config, lag=window)
+    launch(
+        kernels.hybrid_grad_queries,
+        (parts.programs, q.shape[1]),
+        q,
+        k,
+        v,
+        f_q,
+        f_k,
+        gain,
+        d_out,
+        out,
+        inverses,
+        top,
+        arg,
+        dots,
+        row_sums,
+        d_q,
+        d_fq,
+        sums if parts.several else None,
+        z_sums if parts.several else None,
+        *where,
+        *strides(q, k, v, f_q, f_k, d_out, out, d_q, d_fq),
+        *sizes,
+        **options,
+    )
+    launch(
+        kernels.hybrid_grad_keys,
+        (parts.programs, k.shape[1]),
+        q,
+        k,
+        v,
+        f_q,
+        f_k,
+        gain,
+        d_out,
+        inverses,
+        top,
+        arg,
+        dots,
+        row_sums,
+        d_k,
+        d_v,
+        d_fk,
+        *late,
+        *where,
+        *strides(q, k, v, f_q, f_k, d_out, d_k, d_v, d_fk),
+        *sizes,
+        **options,
+    )
     return d_q, d_k, d_v, d_fq, d_fk, row_sums.sum((0, 2)).to(gain.dtype)
 
 
@@ -185,6 +188,12 @@ def kernel_constants(config: Config, dim: int, feature_map: str, group: int) -> 
     options |= {"F": config.dim, "BF": options["BD"], "D": dim, "BD": power_of_two(dim, config.least)}
     del options["NORMALIZE"]
     return options
+
+
+hybrid_attention_triton = torch.library.custom_op("attnzoo::hybrid_attention_triton", _forward, mutates_args=())
+hybrid_attention_triton_backward = torch.library.custom_op(
+    "attnzoo::hybrid_attention_triton_backward", _differentiate, mutates_args=()
+)
 
 
 @hybrid_attention_triton.register_fake
@@ -213,7 +222,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
-    return *hybrid_attention_triton_backward(d_out, *ctx.saved_tensors, *ctx.rest), *([None] * 5)
+    differentiate = _differentiate if is_plain(d_out) else hybrid_attention_triton_backward
+    return *differentiate(d_out, *ctx.saved_tensors, *ctx.rest), *([None] * 5)
 
 
 hybrid_attention_triton.register_autograd(_backward, setup_context=_save)
+hybrid_attention = with_shortcut(hybrid_attention_triton, _forward, _save, _backward)

@@ -259,10 +259,10 @@ def attend(
 
 @triton.jit
 def join_parts(
-    s0,
-    z0,
     sums,
     z_sums,
+    s0,
+    z0,
     s1,
     z1,
     firsts,

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.linear.triton.shapes import Config, Tiles, power_of_two
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel with its arguments, its constants and its options by name, on the first tensor's device."""
+    _launcher(kernel)(grid, arguments, options, num_warps=options["num_warps"], num_stages=options["num_stages"])
+
+
+@lru_cache(maxsize=32)
+def _launcher(kernel: Any) -> Launcher:
+    return Launcher(kernel)
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
@@ -68,10 +79,3 @@ def constants(
 def blocks(width: int, tiles: Tiles) -> int:
     """Programs that share the columns."""
     return -(-width // tiles.block)
-
-
-def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
-    """Kernels go to the current device: make it that of `t`."""
-    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(t.device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.ops.launching import is_plain
 from attnzoo.ops.linear.common import Call, State
 from attnzoo.ops.linear.triton.backward import gradients
+from attnzoo.ops.linear.triton.eager import with_shortcut
 from attnzoo.ops.linear.triton.forward import attend
 from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import empty_like_heads
@@ -22,7 +24,7 @@ def run(call: Call) -> tuple[Tensor, State]:
         state = State(given.s.clone(), None if given.z is None else given.z.clone())
         return step(call, state), state
     s, z = call.initial or (None, None)
-    out, _, new_s, new_z, _, _ = linear_attention_triton(
+    out, _, new_s, new_z, _, _ = _attend(
         call.q,
         call.k,
         call.v,
@@ -39,8 +41,7 @@ def run(call: Call) -> tuple[Tensor, State]:
     return out, State(new_s, new_z if call.normalize else None)
 
 
-@torch.library.custom_op("attnzoo::linear_attention_triton", mutates_args=())
-def linear_attention_triton(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,8 +59,7 @@ def linear_attention_triton(
     return attend(q, k, v, s, z, log_decay, key_lengths, cu_seqlens, feature_map, normalize, causal, scale)
 
 
-@torch.library.custom_op("attnzoo::linear_attention_triton_backward", mutates_args=())
-def linear_attention_triton_backward(
+def _differentiate(
     d_out: Tensor,
     d_s1: Tensor | None,
     d_z1: Tensor | None,
@@ -87,6 +87,12 @@ def linear_attention_triton_backward(
         d_out, d_s1, d_z1, out, inverses, s1, z1, sums, z_sums, q, k, v, s, z, log_decay, key_lengths, cu_seqlens
     )
     return gradients(given, feature_map, normalize, causal, scale)
+
+
+linear_attention_triton = torch.library.custom_op("attnzoo::linear_attention_triton", _forward, mutates_args=())
+linear_attention_triton_backward = torch.library.custom_op(
+    "attnzoo::linear_attention_triton_backward", _differentiate, mutates_args=()
+)
 
 
 @linear_attention_triton.register_fake
@@ -132,8 +138,10 @@ def _backward(ctx, d_out, d_inverses, d_s, d_z, *_):  # type: ignore[no-untyped-
         d_s = torch.zeros_like(saved[1])
     if d_z is None and d_s is not None and z is not None:
         d_z = torch.zeros_like(saved[2])
-    d_q, d_k, d_v, d_s0, d_z0 = linear_attention_triton_backward(d_out, d_s, d_z, out, *saved, *ctx.rest)
+    differentiate = _differentiate if is_plain(d_out) else linear_attention_triton_backward
+    d_q, d_k, d_v, d_s0, d_z0 = differentiate(d_out, d_s, d_z, out, *saved, *ctx.rest)
     return d_q, d_k, d_v, None if s is None else d_s0, None if z is None else d_z0, *([None] * 7)
 
 
 linear_attention_triton.register_autograd(_backward, setup_context=_save)
+_attend = with_shortcut(linear_attention_triton, _forward, _save, _backward)

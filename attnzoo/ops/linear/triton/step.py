@@ -5,24 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launching import interpreted
+from attnzoo.ops.launching import interpreted, is_plain
 from attnzoo.ops.linear.common import Call, State
-from attnzoo.ops.linear.triton.launch import on_device_of, rows_contiguous
+from attnzoo.ops.linear.triton.launch import launch, rows_contiguous
 from attnzoo.ops.linear.triton.shapes import compute_dtype, power_of_two
 
 _SLAB = (16384, 8192)  # elements of the state that a program holds at a time, of one token and of several
-_WARPS = 4
+_WARPS, _STAGES = 4, 3
 
 
 def step(call: Call, state: State) -> Tensor:
     """Output `[B, Hq, S, Dv]`; `state` is updated in place."""
-    return linear_attention_triton_step(
-        call.q, call.k, call.v, state.s, state.z, call.log_decay, call.key_lengths, call.feature_map, call.scale
-    )
+    run = _step if is_plain(call.q) else linear_attention_triton_step
+    return run(call.q, call.k, call.v, state.s, state.z, call.log_decay, call.key_lengths, call.feature_map, call.scale)
 
 
-@torch.library.custom_op("attnzoo::linear_attention_triton_step", mutates_args=("s", "z"))
-def linear_attention_triton_step(
+def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,6 +44,11 @@ def linear_attention_triton_step(
     return _launch(q, k, v, s, z, log_decay, lengths, feature_map, scale, kernels_step)
 
 
+linear_attention_triton_step = torch.library.custom_op(
+    "attnzoo::linear_attention_triton_step", _step, mutates_args=("s", "z")
+)
+
+
 @linear_attention_triton_step.register_fake
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return v.new_empty(*q.shape[:3], v.shape[3])
@@ -65,21 +68,23 @@ def _launch(q, k, v, s, z, log_decay, lengths, feature_map, scale, kernels):  # 
         options |= {"CHUNK": 16, "PIECES": pieces}
         sizes = (tokens, scale)
     kernel = kernels.step_tokens if tokens > 1 else kernels.step_token
-    with on_device_of(q):
-        kernel[(kv_heads, batch)](
-            q,
-            k,
-            v,
-            s,
-            z,
-            out,
-            log_decay,
-            lengths,
-            *(stride for t in (q, k, v) for stride in t.stride()[: 3 if tokens > 1 else 2]),
-            *s.stride()[:3],
-            *((0, 0) if z is None else z.stride()[:2]),
-            *sizes,
-            **options,
-            num_warps=_WARPS,
-        )
+    launch(
+        kernel,
+        (kv_heads, batch),
+        q,
+        k,
+        v,
+        s,
+        z,
+        out,
+        log_decay,
+        lengths,
+        *(stride for t in (q, k, v) for stride in t.stride()[: 3 if tokens > 1 else 2]),
+        *s.stride()[:3],
+        *((0, 0) if z is None else z.stride()[:2]),
+        *sizes,
+        **options,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
     return out
