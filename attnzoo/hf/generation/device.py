@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,7 @@ class OnDevice:
     def __init__(self, memory: TokenCache, clock: Clock, room: int) -> None:
         held = memory.stored()
         self.memory, self.clock, self.length = memory, clock, room
-        self._stored = replace(held, lengths=Rows(0, clock.after), longest=room)
+        self._stored = held._replace(lengths=Rows(0, clock.after), longest=room)
         self._encode = [storage.encode for storage in memory._storages()]
         self.kept = None if not held.ring or held.kept is None else held.kept.base
 

@@ -96,12 +96,16 @@ def choose(backends: dict[str, ModuleType], call: Any, device: torch.device, bac
     """
     if backend != "auto" and backend not in backends:
         raise ValueError(f"backend must be 'auto' or one of {list(backends)}, got {backend!r}")
-    automatic = [name for name in backends if name != "reference" and (name != "triton" or device.type == "cuda")]
     refusals = []
-    for name in automatic if backend == "auto" else [backend]:
-        why = backends[name].reasons(call)
+    for name, module in backends.items():
+        if backend == "auto":
+            if name == "reference" or (name == "triton" and device.type != "cuda"):
+                continue
+        elif name != backend:
+            continue
+        why = module.reasons(call)
         if not why:
-            return backends[name]
+            return module
         refusals.append(f"{name}: {'; '.join(why)}")
     raise ValueError("no backend can run this call\n" + "\n".join(refusals))
 
@@ -119,19 +123,21 @@ def _call(
     held = stored(cache)
     mask = _FULL if mask is None else mask
     _check(q, held, starts)
-    check_reach(mask, q.shape[2], cache)
+    q_len = q.shape[2]
+    check_reach(mask, q_len, cache)
     if starts is None:
-        starts = cache.length - q.shape[2] if cache.uniform else cache.lengths - q.shape[2]
+        starts = cache.length - q_len if cache.uniform else cache.lengths - q_len
     if isinstance(starts, int):
-        check_last(starts, q.shape[2], cache.length)
+        check_last(starts, q_len, cache.length)
     return Call(q, cache, held, mask, scale, softcap, sinks, starts, cache.first)
 
 
 def _check(q: Tensor, held: Stored, starts: int | Tensor | None) -> None:
-    batch, heads, dim = held.batch, held.heads, held.k[0].shape[3]
-    if q.dim() != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim:
+    shape, batch = q.shape, held.batch
+    _, heads, _, dim = held.k[0].shape
+    if len(shape) != 4 or shape[0] != batch or shape[1] % heads or shape[3] != dim:
         raise ValueError(
-            f"q has shape {list(q.shape)}; this cache takes [{batch}, a multiple of {heads}, queries, {dim}]"
+            f"q has shape {list(shape)}; this cache takes [{batch}, a multiple of {heads}, queries, {dim}]"
         )
     if isinstance(starts, Tensor) and starts.shape != (batch,):
         raise ValueError(f"starts has shape {list(starts.shape)}; it must be [{batch}]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ class Rows(NamedTuple):
     more: Tensor | None = None  # [B] integers on the device; None: zeros
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """Keys and values as a cache holds them: nothing is gathered, converted or copied to make this.
 
     A tensor of vectors is `[blocks, Hk, size, D]`, its last stride 1. Row b's token p stands in slot `p` of block b;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,27 +21,50 @@ _WIDEST = 256
 def reasons(call: Call) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
     q, held = call.q, call.stored
-    out = triton_reasons(q.device)
-    if bounds(call.mask) is None:
-        out.append(f"has no {call.mask.pattern!r} mask")
-    if q.shape[2] > _MOST_QUERIES:
-        out.append(f"takes up to {_MOST_QUERIES} queries, not {q.shape[2]}")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        out.append(f"has no {q.dtype}")
-    if torch.is_autocast_enabled(q.device.type):
+    k, v = held.k[0], held.v[0]
+    trained = torch.is_grad_enabled() and (q.requires_grad or (call.sinks is not None and call.sinks.requires_grad))
+    cast = torch.is_autocast_enabled(q.device.type)
+    pattern = call.mask.pattern if bounds(call.mask) is None else None
+    sizes = q.shape[2], k.shape[3], v.shape[3]
+    dense, alike = k.stride(3) == v.stride(3) == 1, len(held.k) == len(held.v)
+    found = _reasons if torch.compiler.is_compiling() else _kept_reasons
+    return list(found(q.device, q.dtype, held.dtype, sizes, pattern, dense, alike, cast, trained))
+
+
+def _reasons(
+    device: torch.device,
+    dtype: torch.dtype,
+    kept: torch.dtype,
+    sizes: tuple[int, int, int],
+    pattern: str | None,
+    dense: bool,
+    alike: bool,
+    cast: bool,
+    trained: bool,
+) -> tuple[str, ...]:
+    out, (q_len, dim, v_dim) = triton_reasons(device), sizes
+    if pattern is not None:
+        out.append(f"has no {pattern!r} mask")
+    if q_len > _MOST_QUERIES:
+        out.append(f"takes up to {_MOST_QUERIES} queries, not {q_len}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        out.append(f"has no {dtype}")
+    if cast:
         out.append("does not cast under autocast")
-    elif q.dtype != held.dtype:
-        out.append(f"wants queries of the cache's {held.dtype}, not {q.dtype}")
-    dim, v_dim = held.k[0].shape[3], held.v[0].shape[3]
+    elif dtype != kept:
+        out.append(f"wants queries of the cache's {kept}, not {dtype}")
     if not (1 <= dim <= _WIDEST and 1 <= v_dim <= _WIDEST):
         out.append(f"takes vectors of 1 to {_WIDEST} numbers, not {dim} and {v_dim}")
-    if held.k[0].stride(3) != 1 or held.v[0].stride(3) != 1:
+    if not dense:
         out.append("wants vectors without strides")
-    if len(held.k) != len(held.v):
+    if not alike:
         out.append("wants keys and values in one form")
-    if torch.is_grad_enabled() and (q.requires_grad or (call.sinks is not None and call.sinks.requires_grad)):
+    if trained:
         out.append("has no backward")
-    return out
+    return tuple(out)
+
+
+_kept_reasons = lru_cache(maxsize=256)(_reasons)
 
 
 def run(call: Call) -> Tensor:

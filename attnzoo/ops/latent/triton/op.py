@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops.decoding.triton.op import merging_for, parts_for, three
-from attnzoo.ops.decoding.triton.plan import (
-    fitted,
-    merge_constants,
-    merge_for,
-    next_power_of_two,
-    shared_memory,
-    splits_for,
-)
+from attnzoo.ops.decoding.triton.counters import counters
+from attnzoo.ops.decoding.triton.op import dtypes_of, form_of, merging_for, parts_for, three
+from attnzoo.ops.decoding.triton.plan import Tiles, fitted, next_power_of_two, shared_memory, splits_for
+from attnzoo.ops.decoding.triton.repeating import Plans, Repeat
 from attnzoo.ops.latent.triton.plan import HOPPER, tiles_for
 from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
@@ -55,13 +51,65 @@ def latent_decode(
     Returns:
         `[B, H, Sq, R]`.
     """
+    form = (q.shape, q.stride(), q_rope.shape, q_rope.stride(), q.dtype, q.device)
+    whole = all(x.data_ptr() % 16 == 0 for x in (q, q_rope, latent[0], rope_key[0]))
+    plan = plans.get(
+        (
+            *(*form, form_of(latent, rope_key, recent), dtypes_of(table, lengths, starts, kept)),
+            *(ring, back, ahead, scale, longest < 2**31, whole),
+            None if table is None else table.stride(0),
+        ),
+        lambda: _planned(q, q_rope, latent, rope_key, recent, table, back, ahead, ring, scale),
+    )
+    out = q.new_empty(q.shape)
+    if plan.programs == 0:
+        return out
+    splits = splits_for(plan.programs, -(-min(longest, plan.reach) // plan.tiles.block_n), plan.slots)
+    repeats = plan.repeats.get(splits)
+    if repeats is None:
+        repeats = plan.repeats[splits] = plan.launch(splits)
+    part = parts_for(out, splits) if splits > 1 else None
+    if plan.hopper:
+        repeats[0]((q, q_rope, latent[0], rope_key[0], table, lengths, starts, kept, out, part), shared)
+        if part is not None:
+            repeats[1]((part, out), (splits,))
+        return out
+    arrived = counters(q.device, plan.programs, splits) if splits > 1 else None
+    held = (*three(latent), *three(rope_key), *(recent or (None, None)), table)
+    repeats[0]((q, q_rope, *held, lengths, starts, kept, out, part, arrived), shared)
+    return out
+
+
+class Plan(NamedTuple):
+    """What calls of one form share."""
+
+    hopper: bool  # whether they run the kernel of Hopper GPUs
+    tiles: Tiles
+    programs: int  # of one split; 0: there is nothing to do
+    reach: int  # tokens that the queries of a row see at most
+    slots: int  # programs that run at a time
+    launch: Callable[[int], tuple[Repeat, ...]]  # by number of splits
+    repeats: dict[int, tuple[Repeat, ...]]
+
+
+plans: Plans[Plan] = Plans()
+
+
+def _planned(
+    q: Tensor,
+    q_rope: Tensor,
+    latent: Sequence[Tensor],
+    rope_key: Sequence[Tensor],
+    recent: Sequence[Tensor],
+    table: Tensor | None,
+    back: int,
+    ahead: int,
+    ring: bool,
+    scale: float,
+) -> Plan:
     batch, heads, q_len, rank = q.shape
     rope, size = q_rope.shape[3], latent[0].shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    rows = heads * q_len
-    index, itemsize = q.device.index, q.element_size()
+    index, itemsize, rows = q.device.index, q.element_size(), heads * q_len
     strides = (
         *(*q.stride()[:3], *q_rope.stride()[:3]),
         *(latent[0].stride(0), latent[0].stride(2), rope_key[0].stride(0), rope_key[0].stride(2)),
@@ -75,53 +123,46 @@ def latent_decode(
         width = (rank + rope) * itemsize  # codes are converted into memory of their own
         tiles = fitted(tiles, width, width, room)
     m_tiles = -(-rows // tiles.block_m)
-    reach = min(longest, back + ahead + q_len)
-    splits = splits_for(batch * m_tiles, -(-reach // tiles.block_n), num_multiprocessors(index) * tiles.resident)
-    part = parts_for(out, splits)
-    grid = m_tiles, splits, batch
-    numbers = (*shared, back, ahead, scale, splits, size)
     table_width = 0 if table is None else table.stride(0)
     constants = {
         "HEADS": heads,
         "Q_LEN": q_len,
         "RANK": rank,
         "ROPE": rope,
-        "SPLIT": splits > 1,
         "PAGE": 0 if table is None else size,
         "RING": ring,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
-    if hopper:
-        held = (latent[0], rope_key[0], table, lengths, starts, kept)
-        launcher("hopper")(
-            grid, (q, q_rope, *held, out, part, *numbers, table_width, *strides), constants, num_warps=tiles.num_warps
+    more = {
+        "QUANT": len(latent) - 1,
+        "RECENT": len(recent) > 0,
+        "BLOCK_R": max(next_power_of_two(rank), 16),
+        "BLOCK_P": max(next_power_of_two(rope), 16),
+        "PRECISION": "ieee",
+    }
+
+    def launch(splits: int) -> tuple[Repeat, ...]:
+        grid, split = (m_tiles, splits, batch), {**constants, "SPLIT": splits > 1}
+        numbers = (back, ahead, scale, splits, size)
+        if hopper:
+            kernel = Repeat(
+                launcher("hopper"), grid, (*numbers, table_width, *strides), split, num_warps=tiles.num_warps
+            )
+            merging = {"DV": rank, **merging_for(splits, 1, rank, 4)}
+            return kernel, Repeat(launcher("merge"), (batch * rows, 1, 1), (), merging, num_warps=4)
+        kernel = Repeat(
+            launcher("latent"),
+            grid,
+            (*numbers, recent[0].shape[2] if recent else 0, table_width, *strides),
+            {**split, **more, **merging_for(splits, min(rows, tiles.block_m), rank, tiles.num_warps)},
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
         )
-        if part is not None:
-            merging = merge_constants(merge_for(1, splits, rank, 4))
-            launcher("merge")((out.numel() // rank, 1, 1), (part, out, splits), {"DV": rank, **merging}, num_warps=4)
-        return out
-    arrived, merging = merging_for(part, splits, batch * m_tiles, min(rows, tiles.block_m), rank, tiles.num_warps)
-    launcher("latent")(
-        grid,
-        (
-            *(q, q_rope, *three(latent), *three(rope_key), *(recent or (None, None))),
-            *(table, lengths, starts, kept, out, part, arrived),
-            *(*numbers, recent[0].shape[2] if recent else 0, table_width, *strides),
-        ),
-        {
-            **constants,
-            "QUANT": len(latent) - 1,
-            "RECENT": len(recent) > 0,
-            "BLOCK_R": max(next_power_of_two(rank), 16),
-            "BLOCK_P": max(next_power_of_two(rope), 16),
-            **merging,
-            "PRECISION": "ieee",
-        },
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return out
+        return (kernel,)
+
+    slots = num_multiprocessors(index) * tiles.resident
+    return Plan(hopper, tiles, batch * m_tiles, back + ahead + q_len, slots, launch, {})
 
 
 def suits_hopper(
