@@ -18,6 +18,9 @@ from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
 
+FEW = 32  # queries of all heads that are too few for the kernel of Hopper GPUs
+
+
 def latent_decode(
     q: Tensor,
     q_rope: Tensor,
@@ -52,7 +55,8 @@ def latent_decode(
         `[B, H, Sq, R]`.
     """
     form = (q.shape, q.stride(), q_rope.shape, q_rope.stride(), q.dtype, q.device)
-    whole = all(x.data_ptr() % 16 == 0 for x in (q, q_rope, latent[0], rope_key[0]))
+    # Which kernel runs depends on addresses where there are many heads.
+    whole = q.shape[1] * q.shape[2] <= FEW or all(x.data_ptr() % 16 == 0 for x in (q, q_rope, latent[0], rope_key[0]))
     plan = plans.get(
         (
             *(*form, form_of(latent, rope_key, recent), dtypes_of(table, lengths, starts, kept)),
@@ -170,7 +174,7 @@ def suits_hopper(
 ) -> bool:
     """Whether the kernel of Hopper GPUs takes the call: many heads, DeepSeek's sizes, and copies of 16 bytes."""
     return (
-        q.shape[1] * q.shape[2] > 32
+        q.shape[1] * q.shape[2] > FEW
         and q.shape[3] == 512
         and q_rope.shape[3] == 64
         and len(latent) == 1
