@@ -17,7 +17,6 @@ from attnzoo.ops.latent.triton.plan import HOPPER, tiles_for
 from attnzoo.ops.launcher import Launcher
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
-
 FEW = 32  # queries of all heads that are too few for the kernel of Hopper GPUs
 
 
