@@ -127,9 +127,9 @@ def uptrain(config: DictConfig, run: RunFolder) -> None:
 
 def identity(config: DictConfig, source: Path) -> list[Any]:
     """What tells the converted model of a run from those of others."""
-    keys = ["attention", "convert"] + (["data", "batch", "seed"] if config.convert.calibration == FROM_DATA else [])
     told = OmegaConf.to_container(config)
-    return [of_model(source), *(told[key] for key in keys)]
+    text = [told["data"], told["batch"]["seq_len"], told["seed"]] if config.convert.calibration == FROM_DATA else []
+    return [of_model(source), told["attention"], told["convert"], *text]
 
 
 def open_data(config: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Path) -> TextDataModule:
