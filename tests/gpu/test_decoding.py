@@ -62,6 +62,22 @@ def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(kind: str) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
+def test_further_calls_of_one_form_read_tensors_and_lengths_of_their_own(kind: str) -> None:
+    room = torch.randn(2 * 8 * 128 + 1, device="cuda", dtype=torch.bfloat16)
+    aligned, shifted = (room[at : at + 2 * 8 * 128].view(2, 8, 1, 128) for at in (0, 1))
+    for counts in ([8000, 7000], [8190, 3], [4000, 4000], [4001, 4001]):
+        cache = filled(kind, counts)
+        for q in (torch.randn_like(aligned), aligned, shifted):
+            k, v = (part.nan_to_num() for part in cache.view())
+            starts = [count - 1 for count in counts]
+            exact, plain = (
+                decode_reference(q.to(to), k.to(to), v.to(to), counts, starts, mask=Full(), scale=128**-0.5)
+                for to in (torch.float64, torch.bfloat16)
+            )
+            assert_as_accurate(f"out {counts}", decode(q, cache, backend="triton"), plain, exact)
+
+
 class Growing:
     """A cache whose lengths are known to the device alone, as a captured graph has them."""
 
