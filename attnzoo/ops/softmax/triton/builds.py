@@ -68,7 +68,7 @@ def builds() -> Builds:
         yield _hopper(name, kernel, 128, ("documents", "softcap"), LEFT=True)
         yield _hopper(name, kernel, 64, CONSUMERS=3, STAGES=3)
     table = {"entries": "*i32", "cu_q": "*i32", "cu_k": "*i32", "documents": "i32"}
-    constants = {"BLOCK": 128, "DOCUMENTS": 64}
+    constants = {"BLOCK": 128, "DOCUMENTS": 64, "SORTED": True, "CAUSAL": True}
     signature = table | dict.fromkeys(constants, "constexpr")
     yield Build("document_tiles", document_tiles_kernel, signature, constants, 1, 1)
     tail = {

@@ -64,9 +64,7 @@ def hopper_forward_kernel(
     q_here = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BLOCK], q_tiles.layout)
     k_here = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, BLOCK], k_tiles.layout)
     v_here = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, BLOCK], v_tiles.layout)
-    o_here = q_here
-    if documents is None:
-        o_here = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BLOCK], out_tiles.layout)
+    o_here = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BLOCK], out_tiles.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
@@ -288,17 +286,18 @@ def _consume(
             row_lse = gl.where(blind, float("-inf"), (top + gl.log2(total)) * LN2)
             base = (batch * sizes[1] + head).to(gl.int64) * sizes[4] + q_start
             gl.store(lse + base + row, row_lse, mask=row < q_rows)
-            if sizes[0] is None:
-                tma.store_wait(0)
-                o_here.index(C).reshape((64, BLOCK)).store(acc.to(o_here.dtype))
+            tma.store_wait(0)
+            place = o_here.index(C).reshape((64, BLOCK))
+            place.store(acc.to(o_here.dtype))
+            if sizes[0] is None or first + C * 64 + 64 <= q_rows:
                 fence_async_shared()
-                tma.async_copy_shared_to_global(out_tiles, [batch, head, first + C * 64, 0], o_here.index(C))
+                tma.async_copy_shared_to_global(out_tiles, [batch, head, q_start + first + C * 64, 0], o_here.index(C))
             else:  # rows after the last are another document's
                 wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
                 rows = first + C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
                 d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, wide))[None, :]
                 at = out + head.to(gl.int64) * stride_oh + (q_start + rows).to(gl.int64)[:, None] * stride_os + d
-                gl.store(at, gl.convert_layout(acc.to(o_here.dtype), wide), mask=(rows < q_rows)[:, None] & (d < DV))
+                gl.store(at, place.load(wide), mask=(rows < q_rows)[:, None] & (d < DV))
             done += 1
     tma.store_wait(0)
 
@@ -334,6 +333,7 @@ def _step(
     weights, top, total, shrink = _softmax(
         s, number, i, k_rows, sizes, scale, softcap, top, total, N, BOUNDED, MASKED, LEFT, RIGHT, mma_s
     )
+    total = _made_by_now(total)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_empty.index(last))
     if not BOUNDED:
@@ -372,6 +372,21 @@ def _softmax(
         total = total * shrink + gl.sum(weights, 1)
         top = higher
     return weights, top, total, shrink
+
+
+@gluon.jit
+def _made_by_now(total):
+    """The same numbers, made before whatever comes next.
+
+    The assembler moves arithmetic behind a wait for products that it does not depend on, and with it all exponentials
+    from under these products. It moves nothing that a branch depends on: this one never sleeps, as no sum of
+    exponentials is negative.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 both; .reg .pred never; add.f32 both, $2, $3; setp.lt.f32 never, both, 0f00000000;"
+        " @never nanosleep.u32 1; mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "=&r,=&r,r,r", [total], dtype=gl.float32, is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit

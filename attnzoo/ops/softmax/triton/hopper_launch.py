@@ -80,7 +80,7 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
     documents = None
     if x.cu_q is not None:
         each += x.cu_q.shape[0] - 2
-        documents = _documents(x.cu_q, x.cu_k, each, rows)
+        documents = _documents(x.cu_q, x.cu_k, each, rows, pattern if not pattern.left else None)
     scale, softcap = _factors(x)
     pieces = each * heads * batch
     sizes = (heads, x.group, section_of(x, pattern), q_len, x.k.shape[2], each, pieces, pattern.window, pattern.ahead)
@@ -209,12 +209,14 @@ def _factors(x: Arguments) -> tuple[float, float | None]:
     return x.scale / x.softcap, x.softcap * math.log2(math.e)
 
 
-def _documents(own: Tensor | None, other: Tensor | None, each: int, rows: int) -> Tensor:
-    """The table of `document_tiles_kernel` for tiles of so many rows of one's own side."""
+def _documents(own: Tensor | None, other: Tensor | None, each: int, rows: int, sort: Pattern | None = None) -> Tensor:
+    """The table of `document_tiles_kernel` for tiles of so many rows of one's own side; sorted by what they see of a
+    full or causal mask, where programs share the tiles among them before they know how long one takes."""
     assert own is not None
     entries = torch.empty(each, 8, dtype=torch.int32, device=own.device)
     number = own.shape[0] - 1
     known = {"BLOCK": rows, "DOCUMENTS": 1 << (number - 1).bit_length()}
+    known |= {"SORTED": sort is not None, "CAUSAL": sort is not None and sort.right}
     _launcher(document_tiles_kernel)((each,), (entries, own, other, number), known, num_warps=1)
     return entries
 
