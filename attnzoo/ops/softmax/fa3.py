@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from attnzoo.masks import SlidingWindow
 from attnzoo.ops.launching import capability
-from attnzoo.ops.softmax.common import Call, extra_reasons, inner_contiguous, window, without_tails
+from attnzoo.ops.softmax.common import Call, extra_reasons, inner_contiguous, window
+from attnzoo.ops.softmax.tails import clear, cleared
 
 
 def reasons(call: Call) -> list[str]:
@@ -41,11 +43,12 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, None, None, call.scale, causal, call.softcap or 0.0)
         return out.transpose(1, 2), lse
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
-    *packed, q_dead = without_tails(call)
-    q, k, v = inner_contiguous(*packed)
     cu_q, cu_k = call.cu_seqlens_q.int(), call.cu_seqlens_k.int()
+    # Scores of keys past the last are overwritten, but NaN of values times a weight of 0 is NaN.
+    q, k, v = inner_contiguous(call.q, call.k, call.v)
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, cleared(v, cu_k)))
     out, lse = _forward(q, k, v, cu_q, cu_k, call.scale, causal, call.softcap or 0.0)
-    return out.transpose(0, 1)[None].masked_fill(q_dead, 0), lse[None].masked_fill(q_dead[:, 0], -torch.inf)
+    return clear(out.transpose(0, 1)[None], cu_q), clear(lse[None], cu_q, -math.inf)
 
 
 @torch.compiler.assume_constant_result

@@ -6,6 +6,7 @@ The package knows autograd but not torch.compile; the two operators here stand a
 from __future__ import annotations
 
 import functools
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from attnzoo.masks import Full
 from attnzoo.ops.launching import capability
-from attnzoo.ops.softmax.common import Call, extra_reasons, inner_contiguous, window, without_tails
+from attnzoo.ops.softmax.common import Call, extra_reasons, inner_contiguous, window
+from attnzoo.ops.softmax.tails import clear, cleared
 
 
 def reasons(call: Call) -> list[str]:
@@ -48,11 +50,10 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         out, lse = flash4_forward(q, k, v, call.sinks, None, None, *options)
         return out.transpose(1, 2), lse
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
-    *packed, q_dead = without_tails(call)
-    q, k, v = inner_contiguous(*packed)
+    q, k, v = (t[0].transpose(0, 1) for t in inner_contiguous(call.q, call.k, call.v))
     cu_q, cu_k = call.cu_seqlens_q.int(), call.cu_seqlens_k.int()
     out, lse = flash4_forward(q, k, v, call.sinks, cu_q, cu_k, *options)
-    return out.transpose(0, 1)[None].masked_fill(q_dead, 0), lse[None].masked_fill(q_dead[:, 0], -torch.inf)
+    return out.transpose(0, 1)[None], lse[None]
 
 
 @torch.compiler.assume_constant_result
@@ -97,10 +98,18 @@ def flash4_forward(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of `[B, S, H, D]`, or packed `[T, H, D]`; `left` and `right` as `common.window` has them."""
+    """Output and logsumexp of `[B, S, H, D]`, or packed `[T, H, D]`; `left` and `right` as `common.window` has them.
+
+    Rows of packed documents past the last may hold anything, and come out as 0 and -inf.
+    """
+    if cu_q is not None and cu_k is not None:
+        v = _without_tail(v, cu_k)  # scores of such keys are overwritten, but NaN times a weight of 0 is NaN
     out, lse, *_ = _library()[0]._flash_attn_fwd(
         q, k, v, learnable_sink=sinks, return_lse=True, **_options(q, k, cu_q, cu_k, scale, left, right, softcap)
     )
+    if cu_q is not None:
+        clear(out.transpose(0, 1)[None], cu_q)
+        clear(lse[None], cu_q, -math.inf)
     return out, lse
 
 
@@ -123,12 +132,24 @@ def flash4_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the sinks (empty where there are none)."""
+    if cu_q is not None and cu_k is not None:
+        q, d_out = _without_tail(q, cu_q), _without_tail(d_out, cu_q)
+        k, v = _without_tail(k, cu_k), _without_tail(v, cu_k)
+        d_lse = None if d_lse is None else cleared(d_lse[None], cu_q)[0]
     options = _options(q, k, cu_q, cu_k, scale, left, right, softcap)
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))  # theirs would have the inputs' strides
     options |= {"dq": d_q, "dk": d_k, "dv": d_v, "deterministic": deterministic}
     *_, last = _library()[0]._flash_attn_bwd(q, k, v, out, d_out, lse, dlse=d_lse, learnable_sink=sinks, **options)
+    if cu_q is not None and cu_k is not None:
+        for t, boundaries in ((d_q, cu_q), (d_k, cu_k), (d_v, cu_k)):
+            clear(t.transpose(0, 1)[None], boundaries)
     d_sinks = [] if sinks is None else [last]
     return d_q, d_k, d_v, d_sinks[0] if d_sinks else q.new_empty(0)
+
+
+def _without_tail(t: Tensor, boundaries: Tensor) -> Tensor:
+    """A copy of `[T, H, D]` with zeros past the last boundary."""
+    return cleared(t.transpose(0, 1)[None], boundaries)[0].transpose(0, 1)
 
 
 def _options(

@@ -68,7 +68,7 @@ def builds() -> Builds:
         yield _hopper(name, kernel, 128, ("documents", "softcap"), LEFT=True)
         yield _hopper(name, kernel, 64, CONSUMERS=3, STAGES=3)
     table = {"entries": "*i32", "cu_q": "*i32", "cu_k": "*i32", "documents": "i32"}
-    constants = {"BLOCK": 128, "DOCUMENTS": 64, "SORTED": True, "CAUSAL": True}
+    constants: dict[str, Any] = {"BLOCK": 128, "DOCUMENTS": 64, "SORTED": True, "CAUSAL": True}
     signature = table | dict.fromkeys(constants, "constexpr")
     yield Build("document_tiles", document_tiles_kernel, signature, constants, 1, 1)
     tail = {
@@ -79,7 +79,7 @@ def builds() -> Builds:
         "stride_h": "i32",
         "stride_s": "i32",
     }
-    constants = {"DIM": 96, "ROWS": 64, "COLUMNS": 128}
+    constants = {"DIM": 96, "ROWS": 64, "COLUMNS": 128, "VALUE": float("-inf")}
     yield Build("clear_tail", clear_tail_kernel, tail | dict.fromkeys(constants, "constexpr"), constants)
     yield _build("bias_gradient", bias_gradient_kernel, (64, 64, 8, 1), ("bias",), RIGHT=True)
 

@@ -77,7 +77,7 @@ def _tiles(cu, documents, BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=("documents", "length"))
 def clear_tail_kernel(
-    x,  # [1, heads, length, DIM]
+    x,  # [1, heads, length, DIM], or [1, heads, length] for a DIM of 1
     boundaries,  # [documents + 1]
     documents,
     length,
@@ -86,13 +86,14 @@ def clear_tail_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two
+    VALUE: tl.constexpr,
 ):
-    """Zeros in ROWS rows of one head, as far as they lie past the last boundary: most programs have nothing to do."""
+    """VALUE in ROWS rows of one head, as far as they lie past the last boundary: most programs have nothing to do."""
     end = tl.load(boundaries + documents).to(tl.int32)
     first = tl.program_id(0) * ROWS
     if first + ROWS > end:
         rows = first + tl.arange(0, ROWS)[:, None]
         d = tl.arange(0, COLUMNS)[None, :]
         at = x + tl.program_id(1).to(tl.int64) * stride_h + rows.to(tl.int64) * stride_s + d
-        nothing = tl.zeros([ROWS, COLUMNS], x.dtype.element_ty)
-        tl.store(at, nothing, mask=(rows >= end) & (rows < length) & (d < DIM))
+        value = tl.full([ROWS, COLUMNS], VALUE, tl.float32).to(x.dtype.element_ty)
+        tl.store(at, value, mask=(rows >= end) & (rows < length) & (d < DIM))

@@ -48,8 +48,8 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Arguments, out: Tensor, lse: Tensor, tiles: Tiles | None, recording: Recording | None) -> None:
     if x.cu_q is not None:  # rows past the last document belong to no program
-        _clear_tail(out, x.cu_q)
-        lse.fill_(-math.inf)
+        clear_tail(out, x.cu_q)
+        clear_tail(lse, x.cu_q, -math.inf)
     if out.numel() == 0:
         return
     x = handed.with_plain_rows(x)
@@ -112,8 +112,9 @@ def _backward(
     recording: Recording | None,
 ) -> None:
     if x.cu_q is not None:
+        assert x.cu_k is not None
         for t, boundaries in ((d_q, x.cu_q), (d_k, x.cu_k), (d_v, x.cu_k)):
-            _clear_tail(t, boundaries)
+            clear_tail(t, boundaries)
         delta.zero_()
         lse2.fill_(math.inf)
     if d_q.numel() == 0 or d_k.numel() == 0:
@@ -247,12 +248,13 @@ def _recorded(key: tuple[Any, ...] | None, tensors: tuple[Tensor | None, ...]) -
         _RECORDED[key] = recording
 
 
-def _clear_tail(t: Tensor, boundaries: Tensor | None) -> None:
-    """Zeros past the last document, in place of which zeros everywhere would take a few percent of the whole."""
-    assert boundaries is not None
-    _, heads, length, dim = t.shape
+def clear_tail(t: Tensor, boundaries: Tensor, value: float = 0.0) -> None:
+    """Write `value` into `[1, H, S, D]` or `[1, H, S]` past the last document; writing it everywhere before a call
+    would take a few percent of the whole."""
+    heads, length = t.shape[1:3]
+    dim, rows = (t.shape[3], 64) if t.dim() == 4 else (1, 1024)
     if t.numel() > 0:
-        grid = (-(-length // 64), heads)
+        grid = (-(-length // rows), heads)
         arguments = (t, boundaries, boundaries.shape[0] - 1, length, t.stride(1), t.stride(2))
-        known = {"DIM": dim, "ROWS": 64, "COLUMNS": 1 << (dim - 1).bit_length()}
+        known = {"DIM": dim, "ROWS": rows, "COLUMNS": 1 << (dim - 1).bit_length(), "VALUE": value}
         _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
