@@ -29,13 +29,25 @@ from recipes.windows import Windows
 log = logging.getLogger(__name__)
 
 
-def build_student(config: DictConfig, start: Path) -> PreTrainedModel:
-    """The model that trains, on the CPU. ValueError for one that the losses do not know."""
-    model = load_model({**config.model, "path": str(start)})
+def build_student(config: DictConfig, start: Path, stages: Sequence[Stage]) -> PreTrainedModel:
+    """The model that trains, on the CPU, or without weights where the strategy brings them from the main process.
+
+    ValueError for one that the losses do not know.
+    """
+    weights = loads_weights(config, stages)
+    model = load_model({**config.model, "path": str(start)}, weights=weights)
     if config.untie_embeddings:
         untie(model)
-    check_head(model)
+    if weights:
+        check_head(model)
     return model
+
+
+def loads_weights(config: DictConfig, stages: Sequence[Stage]) -> bool:
+    """Whether this process reads models from the disk: not beside FSDP's main one, unless layers have to be compared
+    before the processes can speak to one another."""
+    compares = any(isinstance(term, Layers) for stage in stages for term in stage.terms)
+    return config.trainer.strategy != "fsdp" or parallel.is_main_process() or compares
 
 
 def build_objectives(
@@ -53,7 +65,7 @@ def build_objectives(
     ahead = [stage for stage in stages if stage.end > first_step]
     teacher = layers = None
     if any(stage.needs_teacher for stage in ahead):
-        teacher = build_teacher(config, source)
+        teacher = build_teacher(config, source, weights=loads_weights(config, stages))
         _check_vocabulary(student, teacher)
     if any(isinstance(term, Layers) for stage in ahead for term in stage.terms):
         assert teacher is not None
@@ -70,15 +82,15 @@ def build_objectives(
     ]
 
 
-def build_teacher(config: DictConfig, source: Path) -> Teacher:
-    """The teacher of a run, on the CPU."""
+def build_teacher(config: DictConfig, source: Path, *, weights: bool = True) -> Teacher:
+    """The teacher of a run, on the CPU, or without weights as a student may be."""
     given = config.teacher
     chosen = {
         "path": given.path or str(source),
         "dtype": teacher_dtype(config),
         "attn_implementation": given.attn_implementation or config.model.attn_implementation,
     }
-    teacher = Teacher(load_model({**config.model, **chosen}))
+    teacher = Teacher(load_model({**config.model, **chosen}, weights=weights))
     on_gpu = parallel.uses_gpu(config.trainer.accelerator)
     compile_model(teacher.model, config.trainer.compile, device="cuda" if on_gpu else "cpu")
     return teacher

@@ -54,6 +54,17 @@ def check_head(model: nn.Module) -> None:
     )
 
 
+def rule_of(model: nn.Module) -> tuple[float | None, float] | None:
+    """Softcap and factor that `check_head` has found, None for a model that was not asked."""
+    return _RULES.get(model)
+
+
+def adopt_rule(model: nn.Module, rule: tuple[float | None, float] | None) -> None:
+    """Takes what another process has found of the same model, whose weights are not here to be asked."""
+    if rule is not None:
+        _RULES[model] = rule
+
+
 class _Seen(NamedTuple):
     raw: Tensor  # enlarged products of hidden states and head, fp32
     logits: Tensor  # what the model made of them, fp32

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.samples import resolve_sample
 from recipes.scratch import scratch_folder
@@ -16,10 +16,11 @@ from recipes.scratch import scratch_folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
-def load_model(config: Mapping[str, Any]) -> PreTrainedModel:
+def load_model(config: Mapping[str, Any], *, weights: bool = True) -> PreTrainedModel:
     """The causal language model of a conf/model group, on the CPU, in `dtype` and with its `attn_implementation`.
 
-    A model whose attention no stock class holds is one of attnzoo's, with attnzoo's implementation.
+    A model whose attention no stock class holds is one of attnzoo's, with attnzoo's implementation. Without `weights`
+    it is on the meta device, and no weight is read.
 
     Raises ValueError for a dtype that is none, and for a path that is neither a folder with a model nor a hub id.
     """
@@ -30,12 +31,16 @@ def load_model(config: Mapping[str, Any]) -> PreTrainedModel:
     path, implementation = model_path(config), config["attn_implementation"]
     if _is_swapped(path):
         implementation = "attnzoo"  # the only one that their layers take
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=DTYPES[config["dtype"]],
-        attn_implementation=implementation,
-        trust_remote_code=config["trust_remote_code"],
-    )
+    options = {
+        "dtype": DTYPES[config["dtype"]],
+        "attn_implementation": implementation,
+        "trust_remote_code": config["trust_remote_code"],
+    }
+    if weights:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    kind = AutoConfig.from_pretrained(path, trust_remote_code=config["trust_remote_code"])
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(kind, **options)
 
 
 def load_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -6,10 +6,10 @@ micro-batch. Weights and optimizer state stay in their own dtype, fp32 as a rule
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from recipes import parallel
 from recipes.checkpoint_files import in_all, read_checkpoint, write_checkpoint
 from recipes.checkpoint_state import Stored, load_whole, over_tensors
 from recipes.packed import TAKES_BOUNDARIES
+from recipes.spread import Spreader, fill, without_weights
 
 
 class Everyone:
@@ -64,6 +65,7 @@ class Sharded(ModelParallelStrategy):
         self.shard_teacher = shard_teacher
         self.whole: Whole | None = None
         self._skeleton: nn.Module | None = None
+        self._placed: WeakSet[nn.Module] = WeakSet()  # teachers
 
     def setup_environment(self) -> None:
         assert self.cluster_environment is not None
@@ -71,7 +73,7 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, model: nn.Module) -> None:
-        """Cuts `model` up, in place; Lightning's `configure_model` calls this.
+        """Cuts `model` up, in place, with the main process's weights; Lightning's `configure_model` calls this.
 
         Raises:
             ValueError: for an attention implementation that reads one document after the other: the processes have
@@ -94,19 +96,28 @@ class Sharded(ModelParallelStrategy):
             "mp_policy": policy,
             "reshard_after_forward": self.reshard_after_forward,
         }
+        spreader = Spreader(model, self.root_device)
         for layer in decoder_layers(model):
+            spreader.bring(layer)
             fully_shard(layer, **settings)
+        spreader.bring(model)
         self.whole = Whole(model)
         fully_shard(self.whole, **settings | {"reshard_after_forward": False})
 
     def place_teacher(self, model: nn.Module) -> None:
         """Brings a frozen model to this process's device, whole or its part of it, in its own dtype."""
-        if not self.shard_teacher:
-            model.to(self.root_device)
-        elif not isinstance(model, FSDPModule):
-            for layer in decoder_layers(model):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(model, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+        if model in self._placed:
+            return
+        self._placed.add(model)
+        mesh = self.device_mesh["data_parallel"]
+        spreader = Spreader(model, self.root_device)
+        for layer in decoder_layers(model):
+            spreader.bring(layer)
+            if self.shard_teacher:
+                fully_shard(layer, mesh=mesh)
+        spreader.bring(model)
+        if self.shard_teacher:
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)` while the weights outside the layers are gathered."""
@@ -196,29 +207,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
         layers = max(lists, key=len, default=[])
     return [layer for layer in layers if any(True for _ in layer.parameters())]
-
-
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are on the meta device, shared where the model shares them."""
-    held = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    return copy.deepcopy(model, held)
-
-
-def fill(skeleton: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Gives a copy `without_weights` its weights, in place; parameters stay shared."""
-    new = {
-        id(parameter): nn.Parameter(weights[name], requires_grad=parameter.requires_grad)
-        for name, parameter in skeleton.named_parameters()
-    }
-    for module in skeleton.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = new[id(parameter)]
-    for name, buffer in skeleton.named_buffers():
-        buffer.copy_(buffers[name])
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -33,7 +33,8 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        check_head(model)  # before it is compiled
+        if model.device.type != "meta":
+            check_head(model)  # before it is compiled
         self.layers: Sequence[int] = ()  # whose inputs and outputs `look` keeps
 
     def to(self, device: torch.device) -> None:

@@ -192,7 +192,7 @@ def train(
 
     `source` is the original model. Exits when the process was asked to stop, after a checkpoint.
     """
-    model = build_student(config, start)
+    model = build_student(config, start, stages)
     steps = stages[-1].end
     if not steps:
         return model, []

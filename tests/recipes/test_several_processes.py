@@ -85,14 +85,15 @@ def test_a_stream_on_two_processes_stops_for_a_signal_to_one_of_them_and_goes_on
     assert_close(run, one.path)
 
 
-def test_a_teacher_may_be_shared_out_beside_the_student(tiny, tmp_path):
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_a_teacher_may_be_shared_out_beside_the_student(tiny, tmp_path, shared):
     distil = [*COMMON, "max_steps=3", "objective=kl"]
     sharded = torchrun(
         tmp_path,
         *tiny.overrides,
         *distil,
         "trainer.strategy=fsdp",
-        "+trainer.shard_teacher=true",
+        f"+trainer.shard_teacher={shared}",
         "hydra.run.dir=sharded",
     )
     assert sharded.returncode == 0, sharded.stderr
