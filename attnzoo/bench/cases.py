@@ -156,7 +156,7 @@ def _features() -> list[Case]:
         shape = (128, 32, 8, batch, length)
         return Case("features", name, *shape, Causal(), contestants, documents=4 if packed else 0, **options)  # type: ignore[arg-type]
 
-    peers = ("peer:fa4", "via:flash-attn-4", "via:fa3-fwd")
+    peers = ("peer:fa3", "peer:fa4", "via:flash-attn-4", "via:fa3-fwd")
     return [
         case("plain", *peers),
         case("softcap", *peers, softcap=30.0),

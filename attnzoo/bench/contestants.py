@@ -116,11 +116,15 @@ def _flex(case: Case, data: Data) -> Callable[[], Tensor]:
 
 def _fa3(case: Case, data: Data) -> Callable[[], Tensor]:
     library = _import("fa3_fwd_interface")
-    if not isinstance(case.mask, Causal | Full) or case.sinks or case.documents:
+    if not isinstance(case.mask, Causal | Full) or case.sinks:
         raise Unavailable("has no such case")
     q, k, v = (t.detach() for t in data[:3])
-    causal, softcap = isinstance(case.mask, Causal), case.softcap or 0.0
-    return lambda: library.flash_attn_func(q, k, v, causal=causal, softcap=softcap)
+    options: dict[str, Any] = {"causal": isinstance(case.mask, Causal), "softcap": case.softcap or 0.0}
+    if data.boundaries is None:
+        return lambda: _first(library.flash_attn_func(q, k, v, **options))
+    longest = case.length // case.documents
+    ends = (data.boundaries, data.boundaries, longest, longest)
+    return lambda: _first(library.flash_attn_varlen_func(q[0], k[0], v[0], *ends, **options))[None]
 
 
 def _fa4(case: Case, data: Data) -> Callable[[], Tensor]:

@@ -99,9 +99,8 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 def _ratios(suite: str, by_case: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Our kernel and our choice against the peers, as ratios of speed; above 1 is faster than the peer."""
-    if suite == "features":
-        return _against_plain(by_case)
-    text = [
+    text = _against_plain(by_case) if suite == "features" else []
+    text += [
         "| speed of | triton / FA2 | triton / Flex | triton / fastest | choice / fastest peer | choice / SDPA's own |",
         "|---|---|---|---|---|---|",
     ]
@@ -147,7 +146,7 @@ def _against_plain(by_case: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
             ]
             cells.append(f"{name} {' / '.join(both)}")
         text.append(f"- {case}: " + ", ".join(cells))
-    return text
+    return [*text, ""]
 
 
 def plot(path: Path, suites: Mapping[str, Mapping[str, Any]]) -> None:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench import gate, report, table
+from attnzoo.bench import gate, report, table, timing
 from attnzoo.bench.cases import Case, cases
 from attnzoo.bench.contestants import Data, Unavailable, draw, prepare
 
-TURNS = 3  # in which every contestant is timed
 PACKAGES = ("attnzoo", "triton", "flash-attn-4", "fa3-fwd", "nvidia-cutlass-dsl", "quack-kernels")
 Row = dict[str, Any]
 
@@ -93,13 +92,9 @@ def milliseconds(function: Callable[[], object], warmup: int = 10, rep: int = 50
 
 
 def time_together(cases: Sequence[Case]) -> list[Row]:
-    """Both directions of every contestant on these cases, checked first, then timed in turns and printed.
-
-    A GPU that has worked for a while is slower than a rested one, so that whoever is timed first would win: each is
-    timed several times, every time after another one.
-    """
+    """Both directions of every contestant on these cases, checked first, then timed in turns and printed."""
     rows: list[Row] = []
-    runs: list[tuple[Row, float, Data, Callable[[], Tensor]]] = []
+    runs: list[tuple[Row, str, float, Callable[[], object]]] = []
     for case in cases:
         data, flops = draw(case), case.flops()
         truth, plain = gate.one_head(case, data, torch.float32), gate.one_head(case, data, torch.bfloat16)
@@ -109,20 +104,14 @@ def time_together(cases: Sequence[Case]) -> list[Row]:
             checked, forward = _checked(name, case, data, truth, plain)
             rows.append(common | {"contestant": name} | checked)
             if forward is not None:
-                runs.append((rows[-1], flops, data, forward))
+                runs.append((rows[-1], "forward", flops, _inference(forward)))
+                if _trains(name):
+                    runs.append((rows[-1], "backward", 2.5 * flops, _backward(forward, data)))
             torch.cuda.empty_cache()
-    times: list[list[dict[str, float]]] = [[] for _ in runs]
-    for turn in range(TURNS):
-        first = turn * len(runs) // TURNS
-        for at in (*range(first, len(runs)), *range(first)):
-            row, _, data, forward = runs[at]
-            times[at].append(_times(forward, _trains(row["contestant"]), data))
-            torch.cuda.empty_cache()
-    for (row, flops, _, _), found in zip(runs, times, strict=True):
-        for key, factor in (("forward", 1.0), ("backward", 2.5)):
-            if f"{key}_ms" in found[0]:
-                row[f"{key}_ms"] = median(each[f"{key}_ms"] for each in found)
-                row[f"{key}_tflops"] = factor * flops / row[f"{key}_ms"] / 1e9
+    for (row, key, flops, _), taken in zip(runs, timing.in_turns([function for *_, function in runs]), strict=True):
+        row[f"{key}_ms"] = median(taken)
+        row[f"{key}_tflops"] = flops / row[f"{key}_ms"] / 1e9
+        row |= {f"{key}_spread": timing.spread(taken), "turns": len(taken)}
     for row in rows:
         print(report.line(row), flush=True)
     return rows
@@ -161,19 +150,18 @@ def _checked(
     return row | (_peak(case, data, forward) if trains else {}), forward
 
 
-def _times(forward: Callable[[], Tensor], trains: bool, data: Data) -> dict[str, float]:
-    """One turn: milliseconds of the forward alone and of the backward."""
-
-    def inference() -> Tensor:
+def _inference(forward: Callable[[], Tensor]) -> Callable[[], object]:
+    def run() -> Tensor:
         with torch.no_grad():
             return forward()
 
-    found = {"forward_ms": milliseconds(inference, 5, 20)}
-    if trains:
-        out = forward()
-        backward = lambda: torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)  # noqa: E731
-        found["backward_ms"] = milliseconds(backward, 5, 20)
-    return found
+    return run
+
+
+def _backward(forward: Callable[[], Tensor], data: Data) -> Callable[[], object]:
+    """The backward alone, of one forward."""
+    out = forward()
+    return lambda: torch.autograd.grad(out, data.leaves, data.d_out, retain_graph=True)
 
 
 def _peak(case: Case, data: Data, forward: Callable[[], Tensor]) -> dict[str, float]:
