@@ -118,11 +118,13 @@ def _measure(
 ) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation.bench", mechanism]
     command += ["--batch", str(batch), "--length", str(length), "--lock", lock]
-    few = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # each would start as many as there are cores
+    # Each would compile with as many processes as there are cores; and workers that PyTorch has put to rest, as it does
+    # after a minute, have not always come back (2.11), which left everybody waiting for the lock.
+    alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     other, ours = "no reason given", False
     with (
         memory,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=few) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -132,7 +134,7 @@ def _measure(
             elif line.strip():
                 other = line.strip()[:200]
     if process.returncode:
-        print(f"# {mechanism}, {batch} rows: ended early: {other}", flush=True)
+        print(f"# {mechanism}, {batch} rows: ended early ({process.returncode}): {other}", flush=True)
         if not ours:
             keep({"side": "ours", "mechanism": mechanism, "length": length, "batch": batch, "unavailable": other})
 
