@@ -46,7 +46,8 @@ def compare(tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
         if (exact == 0).all():  # a window of one key, or over everything: nothing to be relative to
             assert got.abs().max() < 1e-7, name
             continue
-        assert_as_accurate(name, got.reshape(1, -1), plain.reshape(1, -1), exact.reshape(1, -1), slack=2.0)
+        rows = [t.reshape(1, -1) for t in (got, plain, exact)]
+        assert_as_accurate(name, *rows, slack=2.0 if name == "dgain" else 1.0)  # which is a sum of sums that cancel
 
 
 @pytest.mark.parametrize(("length", "window"), [(71, 1), (71, 33), (20, 20), (13, 50), (1, 1)])

@@ -85,7 +85,8 @@ def hybrid_attention(
             gain = q.new_ones(q.shape[1], dtype=torch.float32) if near_weight is None else near_weight
             factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
             late = min(window, q.shape[2])
-            return fused(q, k, v, *features, gain, key_lengths, cu_seqlens, late, feature_map, factor)[0]
+            given = (q_features, k_features, gain, key_lengths, cu_seqlens)
+            return fused(q, k, v, *given, late, feature_map, factor)[0]
         return _run(q, k, v, features, window, feature_map, near_weight, scale, key_lengths, cu_seqlens, backend)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,31 @@ from attnzoo.ops.linear.triton.launch import (
     launch,
     strides,
 )
-from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, is_full
+from attnzoo.ops.linear.triton.shapes import Config, Parts, Tiles, configure, cut, is_full
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+States = tuple[Tensor | None, ...]  # s and z, and the sums of the parts of both
+
+
+class Walk(NamedTuple):
+    """What the kernels of a backward have in common."""
+
+    config: Config
+    feature_map: str
+    normalize: bool
+    causal: bool
+    scale: float
+
+    def constants(self, tiles: Tiles, length: int, x: Given, **more: Any) -> dict[str, Any]:
+        """Constants and launch options of a walk over so many tokens."""
+        full = is_full(length, self.config, x.lengths, x.cu_seqlens)
+        return constants(self.config, tiles, self.normalize, self.feature_map, CAUSAL=self.causal, FULL=full, **more)
 
 
 def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, scale: float) -> Gradients:
     """Gradients of q, k, v and the initial state."""
-    from attnzoo.ops.linear.triton.kernels_grad_keys import grad_keys, grad_values
-    from attnzoo.ops.linear.triton.kernels_grad_queries import grad_queries
-
     x = given.tidy()
-    (batch, heads, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
+    (batch, _, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
     config = configure(dim, v_dim, x.q.dtype, x.v.dtype)
     parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens)
     k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
@@ -39,8 +52,8 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
         x = centre.centred(x, mean, feature_map, causal)
     dots = x.inverses.new_empty(x.inverses.shape)
     d_s0, d_z0 = (t.new_empty(0 if x.s0 is None and causal else t.shape) for t in (x.s1, x.z1))
-    before: tuple[Tensor | None, ...] = (x.s0, x.z0, None, None)
-    after: tuple[Tensor | None, ...] = (x.d_s1, x.d_z1, None, None)
+    before: States = (x.s0, x.z0, None, None)
+    after: States = (x.d_s1, x.d_z1, None, None)
     q_lengths = x.lengths if causal else None  # without causality queries have no padding: the lengths are the keys'
     if not causal or parts.several:
         late = sum_gradients(x._replace(lengths=q_lengths), dots, feature_map, normalize, scale, parts, config)
@@ -48,47 +61,77 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     if not causal:
         join(x.d_s1, x.d_z1, *late, d_s0, d_z0, parts, normalize, config)
         before, after = (x.s1, x.z1, None, None), (d_s0, d_z0, None, None)
-    full = is_full(length, config, q_lengths, x.cu_seqlens)
-    kind: dict[str, Any] = {"CAUSAL": causal, "GROUP": x.group}
-    tail = (x.cu_seqlens, parts.table)
+    how = Walk(config, feature_map, normalize, causal, scale)
+    given = x._replace(lengths=q_lengths)
+    grad_queries(given, dots, d_q, before, how, parts, find_dots=causal and not parts.several)
+    grad_keys(x, dots, d_k, after, (d_s0 if causal and x.s0 is not None else None, d_z0), how, k_parts)
+    grad_values(x, d_v, after, how, k_parts)
+    if mean is not None and d_s0.numel():
+        d_z0 = d_z0 - centre.passed_on(d_s0, mean)
+    if x.s0 is None:
+        d_s0, d_z0 = d_s0.new_empty(0), d_s0.new_empty(0)
+    return d_q, d_k, d_v, d_s0, d_z0
+
+
+def grad_queries(
+    x: Given,
+    dots: Tensor,
+    d_q: Tensor,
+    before: States,
+    how: Walk,
+    parts: Parts,
+    *,
+    find_dots: bool,
+    lag: int | None = None,
+) -> None:
+    """Write d_q and, if they are to be found, the dots; `before` are the initial state and the sums of the parts."""
+    from attnzoo.ops.linear.triton import kernels_grad_queries as kernels
+
+    tiles = how.config.queries
     launch(
-        grad_queries,
-        (parts.programs, heads, blocks(dim, config.queries)),
+        kernels.grad_queries,
+        (parts.programs, x.q.shape[1], blocks(how.config.dim, tiles)),
         x.q,
         x.k,
         x.v,
         x.d_out,
-        None if parts.several or not causal else x.out,
+        x.out if find_dots else None,
         x.inverses,
         dots,
         d_q,
         *before,
         x.log_decay,
-        q_lengths,
-        *tail,
+        x.lengths,
+        x.cu_seqlens,
+        parts.table,
         *strides(x.q, x.k, x.v, x.d_out, x.out, d_q),
-        length,
+        x.q.shape[2],
         parts.parts,
         parts.part,
-        scale,
-        **constants(
-            config,
-            config.queries,
-            normalize,
-            feature_map,
-            by_features=True,
-            CAUSAL=causal,
-            GROUP=x.group,
-            FULL=full,
-        ),
+        lag,
+        how.scale,
+        **how.constants(tiles, x.q.shape[2], x, by_features=True, GROUP=x.group),
     )
-    kind["GROUP"] = x.group if causal else 1
-    full = is_full(k_len, config, x.lengths, x.cu_seqlens)
-    sizes = (k_len, k_parts.parts, k_parts.part, scale)
-    where = (x.log_decay, x.lengths, x.cu_seqlens, k_parts.table)
+
+
+def grad_keys(
+    x: Given,
+    dots: Tensor,
+    d_k: Tensor,
+    after: States,
+    first: tuple[Tensor | None, Tensor | None],
+    how: Walk,
+    parts: Parts,
+    *,
+    lag: int | None = None,
+) -> None:
+    """Write d_k and, if they are wanted, the `first` state's gradients; `after` are the last one's, and sums."""
+    from attnzoo.ops.linear.triton import kernels_grad_keys as kernels
+
+    tiles = how.config.keys
     launch(
-        grad_keys,
-        (k_parts.programs, kv_heads, blocks(dim, config.keys)),
+        kernels.grad_keys,
+        (parts.programs, x.k.shape[1], blocks(how.config.dim, tiles)),
         x.q,
         x.k,
         x.v,
@@ -97,16 +140,29 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
         dots,
         d_k,
         *after,
-        d_s0 if causal and x.s0 is not None else None,
-        d_z0,
-        *where,
+        *first,
+        x.log_decay,
+        x.lengths,
+        x.cu_seqlens,
+        parts.table,
         *strides(x.q, x.k, x.v, x.d_out, d_k),
-        *sizes,
-        **constants(config, config.keys, normalize, feature_map, by_features=True, FULL=full, **kind),
+        x.k.shape[2],
+        parts.parts,
+        parts.part,
+        lag,
+        how.scale,
+        **how.constants(tiles, x.k.shape[2], x, by_features=True, GROUP=x.group if how.causal else 1),
     )
+
+
+def grad_values(x: Given, d_v: Tensor, after: States, how: Walk, parts: Parts, *, lag: int | None = None) -> None:
+    """Write d_v."""
+    from attnzoo.ops.linear.triton import kernels_grad_keys as kernels
+
+    tiles = how.config.values
     launch(
-        grad_values,
-        (k_parts.programs, kv_heads, blocks(v_dim, config.values)),
+        kernels.grad_values,
+        (parts.programs, x.k.shape[1], blocks(how.config.v_dim, tiles)),
         x.q,
         x.k,
         x.d_out,
@@ -114,16 +170,18 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
         d_v,
         after[0],
         after[2],
-        *where,
+        x.log_decay,
+        x.lengths,
+        x.cu_seqlens,
+        parts.table,
         *strides(x.q, x.k, x.d_out, d_v),
-        *sizes,
-        **constants(config, config.values, normalize, feature_map, FULL=full, **kind),
+        x.k.shape[2],
+        parts.parts,
+        parts.part,
+        lag,
+        how.scale,
+        **how.constants(tiles, x.k.shape[2], x, GROUP=x.group if how.causal else 1),
     )
-    if mean is not None and d_s0.numel():
-        d_z0 = d_z0 - centre.passed_on(d_s0, mean)
-    if x.s0 is None:
-        d_s0, d_z0 = d_s0.new_empty(0), d_s0.new_empty(0)
-    return d_q, d_k, d_v, d_s0, d_z0
 
 
 def sum_gradients(

@@ -8,10 +8,11 @@ import torch
 
 from attnzoo.ops.launching import Build, Builds
 from attnzoo.ops.linear.triton.launch import constants, state_constants
+from attnzoo.ops.linear.triton.near import near_constants
 from attnzoo.ops.linear.triton.shapes import configure
 
 _STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "inverses", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
-_FLOATS = ("top", "row_sums", "gain", "log_decay")
+_FLOATS = ("top", "row_sums", "gain", "log_decay", "weights", "near_weights")
 _INTEGERS = ("lengths", "cu_seqlens", "table", "firsts", "arg")
 _INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "f_q", "f_k", "d_fq", "d_fk")
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -26,17 +27,8 @@ def builds() -> Builds:
     yield from _walks(128, bf16, "identity", False, absent=(*_ROWS, "z_sums"))
     for dim, dtype in ((256, bf16), (128, torch.float16), (96, torch.float32)):
         yield from list(_walks(dim, dtype, "elu", True, absent=_PACKED))[1::2]
-    from attnzoo.ops.linear.triton import kernels_hybrid, kernels_hybrid_backward
-    from attnzoo.ops.linear.triton.hybrid import kernel_constants
-
-    config = configure(64, 64, bf16, bf16)
-    options = kernel_constants(config, 64, "elu", 1) | {"NORMALIZE": True}
-    for kernel in (
-        kernels_hybrid.hybrid_attend,
-        kernels_hybrid_backward.hybrid_grad_queries,
-        kernels_hybrid_backward.hybrid_grad_keys,
-    ):
-        yield _build(kernel, options, bf16, ("lengths", "cu_seqlens", "table"))
+    yield from _hybrid(64, bf16)
+    yield from _hybrid(128, bf16)
     config = configure(128, 128, bf16, bf16)
     from attnzoo.ops.linear.triton.kernels_forward import join_parts
     from attnzoo.ops.linear.triton.kernels_step import step_token, step_tokens
@@ -65,7 +57,31 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
         more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "STATE_FIRST": tiles.state_first}
         more["FULL"] = more["ALIKE"] = "s0" in absent
         options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
-        yield _build(kernel, options, dtype, absent)
+        late = () if kernel.__name__.startswith("sum") else ("near_weights", "lag")
+        yield _build(kernel, options, dtype, (*absent, *late))
+
+
+def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
+    """The hybrid's kernels: those of the window, and the walks with keys that come late."""
+    from attnzoo.ops.linear.triton import kernels_near as near
+    from attnzoo.ops.linear.triton.kernels_forward import attend
+    from attnzoo.ops.linear.triton.kernels_grad_keys import grad_keys, grad_values
+    from attnzoo.ops.linear.triton.kernels_grad_queries import grad_queries
+
+    config = configure(dim, dim, dtype, dtype)
+    options = near_constants(config, dim, GROUP=1, ADD=True) | {"NORMALIZE": True}
+    for kernel in (near.near_attend, near.near_grad_queries, near.near_grad_keys):
+        yield _build(kernel, options, dtype, ("lengths", "cu_seqlens", "table"))
+    for kernel, tiles, by_features in (
+        (attend, config.attend, False),
+        (grad_queries, config.queries, True),
+        (grad_values, config.values, False),
+        (grad_keys, config.keys, True),
+    ):
+        more = {"CAUSAL": True, "GROUP": 1, "STATE_FIRST": tiles.state_first, "FULL": True, "ALIKE": True}
+        options = constants(config, tiles, True, "elu", by_features=by_features, **more)
+        build = _build(kernel, options, dtype, (*_ROWS, "s1", "z1"))
+        yield build._replace(name=f"{build.name} late")
 
 
 def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tuple[str, ...]) -> Build:

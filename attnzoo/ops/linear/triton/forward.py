@@ -36,11 +36,9 @@ def attend(
     scale: float,
 ) -> Outputs:
     """What the operator returns."""
-    from attnzoo.ops.linear.triton import kernels_forward as kernels
-
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     s0, z0 = (None if t is None else t.contiguous() for t in (s0, z0))
-    (batch, heads, length, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
+    (batch, _, length, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     config = configure(dim, v_dim, q.dtype, v.dtype)
     parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens)
     out, inverses, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
@@ -55,17 +53,57 @@ def attend(
     elif parts.several:
         sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
         before = (s0, z0, sums, z_sums)
+    kind = (feature_map, normalize, causal, scale)
+    last = (s1, z1) if causal else (None, None)
+    read_out(q, k, v, out, inverses, before, last, log_decay, lengths, cu_seqlens, *kind, parts, config)
+    return out, inverses, s1, z1, sums, z_sums
+
+
+def read_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    inverses: Tensor,
+    before: tuple[Tensor | None, ...],
+    last: tuple[Tensor | None, Tensor | None],
+    log_decay: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+    causal: bool,
+    scale: float,
+    parts: Parts,
+    config: Config,
+    *,
+    near_weights: Tensor | None = None,
+    lag: int | None = None,
+) -> None:
+    """Write out, inverses and the last state from the states before: the initial ones, and the sums of the parts."""
+    from attnzoo.ops.linear.triton import kernels_forward as kernels
+
+    length, group, tiles = q.shape[2], q.shape[1] // k.shape[1], config.attend
+    alike = q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2)
+    full = is_full(length, config, lengths, cu_seqlens)
+    more: dict[str, Any] = {
+        "CAUSAL": causal,
+        "GROUP": group,
+        "STATE_FIRST": tiles.state_first,
+        "ALIKE": alike,
+        "FULL": full,
+    }
     launch(
         kernels.attend,
-        (parts.programs, heads, blocks(v_dim, config.attend)),
+        (parts.programs, q.shape[1], blocks(v.shape[3], tiles)),
         q,
         k,
         v,
         out,
         inverses,
+        near_weights,
         *before,
-        s1,
-        z1,
+        *last,
         log_decay,
         lengths,
         cu_seqlens,
@@ -74,20 +112,10 @@ def attend(
         length,
         parts.parts,
         parts.part,
+        lag,
         scale,
-        **constants(
-            config,
-            config.attend,
-            normalize,
-            feature_map,
-            CAUSAL=causal,
-            GROUP=heads // kv_heads,
-            STATE_FIRST=config.attend.state_first,
-            ALIKE=q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2),
-            FULL=is_full(length, config, lengths, cu_seqlens),
-        ),
+        **constants(config, tiles, normalize, feature_map, **more),
     )
-    return out, inverses, s1, z1, sums, z_sums
 
 
 def outputs(

@@ -1,19 +1,21 @@
-"""Softmax near and linear attention far in fused kernels, as an operator with a gradient."""
+"""Softmax near and linear attention far in fused kernels, as an operator with a gradient.
+
+The far keys come `window` tokens late: linear attention's kernels, which take what the near keys give as they finish.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.ops.launching import is_plain, triton_reasons
-from attnzoo.ops.linear.triton.backward import sum_gradients
+from attnzoo.ops.linear.triton.backward import States, Walk, grad_keys, grad_queries, grad_values, sum_gradients
 from attnzoo.ops.linear.triton.eager import with_shortcut
-from attnzoo.ops.linear.triton.forward import sum_keys
+from attnzoo.ops.linear.triton.forward import read_out, sum_keys
 from attnzoo.ops.linear.triton.given import Given
-from attnzoo.ops.linear.triton.launch import constants, empty_like_heads, launch, rows_contiguous, strides
-from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut, hybrid_tiles, power_of_two
+from attnzoo.ops.linear.triton.launch import empty_like_heads, rows_contiguous
+from attnzoo.ops.linear.triton.near import Near
+from attnzoo.ops.linear.triton.shapes import Config, Parts, configure, cut
 
 LARGEST = 128  # of features, keys and values: all of them stand in a program's registers
 
@@ -35,8 +37,8 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f_q: Tensor,
-    f_k: Tensor,
+    f_q: Tensor | None,
+    f_k: Tensor | None,
     gain: Tensor,
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -44,45 +46,27 @@ def _forward(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output; `[B, Hq, S]` of 1 / the normaliser, the largest near score and its key; the sums of the parts."""
-    from attnzoo.ops.linear.triton import kernels_hybrid as kernels
+    """Output; `[B, Hq, S]` of 1 / the normaliser, the largest near score and its key; the sums of the parts.
 
-    q, k, v, f_q, f_k = (rows_contiguous(t) for t in (q, k, v, f_q, f_k))
-    config, parts = _plan(q, v, f_q, k, cu_seqlens)
-    packed = cu_seqlens is not None
+    Where no features are given they are the queries and the keys themselves.
+    """
+    q, k, v = (rows_contiguous(t) for t in (q, k, v))
+    f_q, f_k = q if f_q is None else rows_contiguous(f_q), k if f_k is None else rows_contiguous(f_k)
+    config, parts = _plan(v, f_q, k, cu_seqlens)
+    packed = cu_seqlens is not None  # then there may be rows that no program writes
     out = empty_like_heads(q, v.shape[3], v.dtype, zero=packed)
-    inverses, top = (torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    arg = torch.zeros(q.shape[:3], dtype=torch.int32, device=q.device)
-    none = torch.empty(0, dtype=torch.float32, device=q.device)
-    sums, z_sums = none, none.clone()
+    inverses, top, weights = (_numbers(q, zero=packed) for _ in range(3))
+    arg = torch.zeros_like(top, dtype=torch.int32) if packed else torch.empty_like(top, dtype=torch.int32)
+    near = Near(q, k, v, gain.contiguous(), key_lengths, cu_seqlens, window, scale, config)
+    near.attend(out, weights, top, arg)
+    sums, z_sums = top.new_empty(0), top.new_empty(0)
+    before: States = (None, None, None, None)
     if parts.several:
         sums, z_sums = sum_keys(f_k, v, None, key_lengths, cu_seqlens, feature_map, True, parts, config, lag=window)
-    launch(
-        kernels.hybrid_attend,
-        (parts.programs, q.shape[1]),
-        q,
-        k,
-        v,
-        f_q,
-        f_k,
-        gain.contiguous(),
-        out,
-        inverses,
-        top,
-        arg,
-        sums if parts.several else None,
-        z_sums if parts.several else None,
-        key_lengths,
-        cu_seqlens,
-        parts.table,
-        *strides(q, k, v, f_q, f_k, out),
-        q.shape[2],
-        parts.parts,
-        parts.part,
-        window,
-        scale,
-        **kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1]),
-    )
+        before = (None, None, sums, z_sums)
+    where, kind = (None, key_lengths, cu_seqlens), (feature_map, True, True, 1.0)
+    far = (f_q, f_k, v, out, inverses, before, (None, None), *where, *kind, parts, config)
+    read_out(*far, near_weights=weights, lag=window)
     return out, inverses, top, arg, sums, z_sums
 
 
@@ -97,8 +81,8 @@ def _differentiate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    f_q: Tensor,
-    f_k: Tensor,
+    f_q: Tensor | None,
+    f_k: Tensor | None,
     gain: Tensor,
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -106,88 +90,42 @@ def _differentiate(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, the features and the near weights' factor."""
-    from attnzoo.ops.linear.triton import kernels_hybrid_backward as kernels
-
-    d_out, q, k, v, f_q, f_k = (rows_contiguous(t) for t in (d_out, q, k, v, f_q, f_k))
-    config, parts = _plan(q, v, f_q, k, cu_seqlens)
+    """Gradients of q, k, v, the features (empty where they are q and k themselves) and the near weights' factor."""
+    d_out, q, k, v = (rows_contiguous(t) for t in (d_out, q, k, v))
+    alike = f_q is None, f_k is None
+    f_q, f_k = q if f_q is None else rows_contiguous(f_q), k if f_k is None else rows_contiguous(f_k)
+    config, parts = _plan(v, f_q, k, cu_seqlens)
     packed = cu_seqlens is not None
-    d_q, d_k, d_v, d_fq, d_fk = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (q, k, v, f_q, f_k))
-    dots, row_sums = torch.zeros_like(inverses), torch.zeros_like(inverses)
-    gain = gain.contiguous()
-    options = kernel_constants(config, q.shape[3], feature_map, q.shape[1] // k.shape[1])
-    where = (key_lengths, cu_seqlens, parts.table)
-    sizes = (q.shape[2], parts.parts, parts.part, window, scale)
-    late: tuple[Tensor | None, Tensor | None] = (None, None)
+    d_fq, d_fk, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (f_q, f_k, v))
+    d_q = d_fq if alike[0] else empty_like_heads(q, q.shape[3], q.dtype, zero=packed)
+    d_k = d_fk if alike[1] else empty_like_heads(k, k.shape[3], k.dtype, zero=packed)
+    dots, row_sums = _numbers(q, zero=packed), _numbers(q, zero=packed)
+    none = dots.new_empty(0)
+    states = (none, none, sums, z_sums)
+    x = Given(d_out, None, None, out, inverses, *states, f_q, f_k, v, None, None, None, key_lengths, cu_seqlens)
+    before: States = (None, None, None, None)
+    after: States = before
     if parts.several:
-        none = inverses.new_empty(0)
-        given = Given(
-            d_out, None, None, out, inverses, none, none, none, none, f_q, f_k, v, None, None, None, *where[:2]
-        )
-        late = sum_gradients(given, dots, feature_map, True, 1.0, parts, config, lag=window)
-    launch(
-        kernels.hybrid_grad_queries,
-        (parts.programs, q.shape[1]),
-        q,
-        k,
-        v,
-        f_q,
-        f_k,
-        gain,
-        d_out,
-        out,
-        inverses,
-        top,
-        arg,
-        dots,
-        row_sums,
-        d_q,
-        d_fq,
-        sums if parts.several else None,
-        z_sums if parts.several else None,
-        *where,
-        *strides(q, k, v, f_q, f_k, d_out, out, d_q, d_fq),
-        *sizes,
-        **options,
-    )
-    launch(
-        kernels.hybrid_grad_keys,
-        (parts.programs, k.shape[1]),
-        q,
-        k,
-        v,
-        f_q,
-        f_k,
-        gain,
-        d_out,
-        inverses,
-        top,
-        arg,
-        dots,
-        row_sums,
-        d_k,
-        d_v,
-        d_fk,
-        *late,
-        *where,
-        *strides(q, k, v, f_q, f_k, d_out, d_k, d_v, d_fk),
-        *sizes,
-        **options,
-    )
+        before = (None, None, sums, z_sums)
+        after = (None, None, *sum_gradients(x, dots, feature_map, True, 1.0, parts, config, lag=window))
+    how = Walk(config, feature_map, True, True, 1.0)
+    grad_queries(x, dots, d_fq, before, how, parts, find_dots=True, lag=window)
+    grad_keys(x, dots, d_fk, after, (None, None), how, parts, lag=window)
+    grad_values(x, d_v, after, how, parts, lag=window)
+    near = Near(q, k, v, gain.contiguous(), key_lengths, cu_seqlens, window, scale, config)
+    near.differentiate(d_out, inverses, dots, top, arg, row_sums, (d_q, d_k, d_v), alike)
+    d_fq, d_fk = d_fq.new_empty(0) if alike[0] else d_fq, d_fk.new_empty(0) if alike[1] else d_fk
     return d_q, d_k, d_v, d_fq, d_fk, row_sums.sum((0, 2)).to(gain.dtype)
 
 
-def _plan(q: Tensor, v: Tensor, f_q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Config, Parts]:
-    config = configure(f_q.shape[3], v.shape[3], q.dtype, v.dtype)
-    return config, cut(q.shape[0], k.shape[1], q.shape[2], config, q.device, cu_seqlens)
+def _plan(v: Tensor, f_q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Config, Parts]:
+    config = configure(f_q.shape[3], v.shape[3], f_q.dtype, v.dtype)
+    return config, cut(f_q.shape[0], k.shape[1], f_q.shape[2], config, f_q.device, cu_seqlens)
 
 
-def kernel_constants(config: Config, dim: int, feature_map: str, group: int) -> dict[str, Any]:
-    """Constants and launch options: unlike elsewhere, every tile has all columns."""
-    options = constants(config, hybrid_tiles(config), True, feature_map, GROUP=group)
-    options |= {"F": config.dim, "BF": options["BD"], "D": dim, "BD": power_of_two(dim, config.least)}
-    del options["NORMALIZE"]
-    return options
+def _numbers(q: Tensor, *, zero: bool) -> Tensor:
+    """Room for one number a query."""
+    return (torch.zeros if zero else torch.empty)(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 hybrid_attention_triton = torch.library.custom_op("attnzoo::hybrid_attention_triton", _forward, mutates_args=())
@@ -198,22 +136,23 @@ hybrid_attention_triton_backward = torch.library.custom_op(
 
 @hybrid_attention_triton.register_fake
 def _(q, k, v, f_q, f_k, gain, key_lengths, cu_seqlens, window, feature_map, scale):  # type: ignore[no-untyped-def]
-    wide = {"dtype": torch.float32, "device": q.device}
-    _, parts = _plan(q, v, f_q, k, cu_seqlens)
+    f_q = q if f_q is None else f_q
+    _, parts = _plan(v, f_q, k, cu_seqlens)
     shape = (parts.programs, k.shape[1], f_q.shape[3]) if parts.several else (0,)
+    numbers = [_numbers(q, zero=False) for _ in range(2)]
     return (
         empty_like_heads(q, v.shape[3], v.dtype),
-        torch.empty(q.shape[:3], **wide),
-        torch.empty(q.shape[:3], **wide),
-        torch.empty(q.shape[:3], dtype=torch.int32, device=q.device),
-        torch.empty((*shape, v.shape[3]) if parts.several else shape, **wide),
-        torch.empty(shape, **wide),
+        *numbers,
+        torch.empty_like(numbers[0], dtype=torch.int32),
+        numbers[0].new_empty((*shape, v.shape[3]) if parts.several else shape),
+        numbers[0].new_empty(shape),
     )
 
 
 @hybrid_attention_triton_backward.register_fake
 def _(d_out, out, inverses, top, arg, sums, z_sums, q, k, v, f_q, f_k, gain, *rest):  # type: ignore[no-untyped-def]
-    return *(empty_like_heads(t, t.shape[3], t.dtype) for t in (q, k, v, f_q, f_k)), gain.new_empty(gain.shape)
+    d_features = (q.new_empty(0) if t is None else empty_like_heads(t, t.shape[3], t.dtype) for t in (f_q, f_k))
+    return *(empty_like_heads(t, t.shape[3], t.dtype) for t in (q, k, v)), *d_features, gain.new_empty(gain.shape)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -222,8 +161,11 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
     differentiate = _differentiate if is_plain(d_out) else hybrid_attention_triton_backward
-    return *differentiate(d_out, *ctx.saved_tensors, *ctx.rest), *([None] * 5)
+    d_q, d_k, d_v, d_fq, d_fk, d_gain = differentiate(d_out, *saved, *ctx.rest)
+    d_fq, d_fk = (None if f is None else d for f, d in zip(saved[9:11], (d_fq, d_fk), strict=True))
+    return d_q, d_k, d_v, d_fq, d_fk, d_gain, *([None] * 5)
 
 
 hybrid_attention_triton.register_autograd(_backward, setup_context=_save)

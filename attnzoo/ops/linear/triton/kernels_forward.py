@@ -11,7 +11,7 @@ transposed: so a block may have 128 columns, over two groups of warps. The norma
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import load_state, state_before, store_state
+from attnzoo.ops.linear.triton.states import load_state, state_beside, store_state
 from attnzoo.ops.linear.triton.tiles import (
     NARROW,
     decay_since,
@@ -19,13 +19,17 @@ from attnzoo.ops.linear.triton.tiles import (
     head_base,
     inverse_or_zero,
     load_features,
+    load_late_features,
+    load_rate,
     load_tile,
+    load_tokens,
     locate,
     mask_weights,
     pieces,
     real_tokens,
     row_mask,
     store_tile,
+    store_tokens,
     twice,
 )
 
@@ -75,23 +79,21 @@ def sum_parts(
 ):
     """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the keys of each part, `lag` tokens late, add to the state."""
     head, v0 = tl.program_id(1), tl.program_id(2) * BV
-    _n, row, begin, end, _stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
+    row, begin, end = here.row, here.begin, here.end
     if SKIP_LAST:
-        if place == count - 1:
+        if here.place == here.count - 1:
             return
     k = head_base(k, row, head, k_b, k_h)
     v = head_base(v, row, head, v_b, v_h) + v0
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
+    rate = load_rate(log_decay, head)
     s = tl.zeros([BV, BD], tl.float32)
     z = tl.zeros([NARROW, BD], tl.float32)
     ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
-    start = begin + place * part
-    stop = tl.maximum(tl.minimum(start + part, end + lag), start)
-    for first in range(start, stop, CHUNK):
+    stop = tl.maximum(tl.minimum(here.start + part, end + lag), here.start)
+    for first in range(here.start, stop, CHUNK):
         keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
         values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
         if log_decay is not None:
@@ -102,8 +104,8 @@ def sum_parts(
         s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
         if NORMALIZE:
             z = tl.dot(ones, keys, z, input_precision=PRECISION)
-    chunks = tl.cdiv(stop - start, CHUNK)
-    blank = blank_keys(start - lag, chunks, begin, end, log_decay is not None, MAP, CHUNK)
+    chunks = tl.cdiv(stop - here.start, CHUNK)
+    blank = blank_keys(here.start - lag, chunks, begin, end, log_decay is not None, MAP, CHUNK)
     index = tl.program_id(0) * tl.num_programs(1) + head
     store_state(sums, z_sums, index, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
@@ -119,21 +121,13 @@ def scale_tokens(x, factor, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def store_tokens(x, first, low, high, values, CHUNK: tl.constexpr, FULL: tl.constexpr):
-    """Write one number a token, to the rows in [low, high)."""
-    if FULL:
-        tl.store(x + first + tl.arange(0, CHUNK), values)
-    else:
-        tl.store(x + first + tl.arange(0, CHUNK), values, mask=row_mask(first, low, high, CHUNK))
-
-
-@triton.jit
 def attend(
     q,
     k,
     v,
     out,
     inverses,
+    near_weights,
     s0,
     z0,
     sums,
@@ -159,6 +153,7 @@ def attend(
     length,
     parts,
     part,
+    lag,
     scale,
     CAUSAL: tl.constexpr,
     STATE_FIRST: tl.constexpr,
@@ -177,36 +172,44 @@ def attend(
 ):
     """out [B, Hq, S, DV], inverses [B, Hq, S] of the normaliser, and the last state s1, z1.
 
-    Without causality all queries read the state s0, and there are no keys, values and last state.
+    Without causality all queries read the state s0, and there are no keys, values and last state. With `near_weights`
+    [B, Hq, S] keys come `lag` tokens late, and `out` holds what the tokens between them and the queries give.
     """
     q_head, v0 = tl.program_id(1), tl.program_id(2) * BV
     head = q_head // GROUP
     kv_heads = tl.num_programs(1) // GROUP
-    n, row, begin, end, stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
+    row, begin, end = here.row, here.begin, here.end
     if ALIKE:
         k_s, v_s, o_s = q_s, q_s, q_s
     q = head_base(q, row, q_head, q_b, q_h)
     k = head_base(k, row, head, k_b, k_h)
     v = head_base(v, row, head, v_b, v_h) + v0
     out = head_base(out, row, q_head, o_b, o_h) + v0
-    inverses = inverses + (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
-    s, before = state_before(
-        s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, v0, 0, NORMALIZE, D, DV, BV, BD
+    at = (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
+    inverses = inverses + at
+    if near_weights is not None:
+        near_weights = near_weights + at
+    rate = load_rate(log_decay, head)
+    s, before = state_beside(
+        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, v0, 0, False, NORMALIZE, D, DV, BV, BD
     )
     z = twice(before)
     ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
-    start = begin + place * part
-    stop = tl.maximum(tl.minimum(start + part, stop), start)
-    for first in range(start, stop, CHUNK):
+    stop = tl.maximum(tl.minimum(here.start + part, here.stop), here.start)
+    for first in range(here.start, stop, CHUNK):
         queries = load_features(q, q_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
         if CAUSAL:
-            keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
-            values = load_tile(v, v_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
+            source = first
+            if lag is not None:
+                source = first - lag
+            all_real: tl.constexpr = FULL and lag is None
+            keys = load_late_features(
+                k, k_s, source, begin, end, D, CHUNK, BD, BD == D, all_real, MAP, COMPUTE, lag is not None
+            )
+            values = load_tile(v, v_s, source, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, all_real).to(COMPUTE)
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             weights = mask_weights(weights, rate, False, CHUNK)
         if NORMALIZE:
@@ -239,6 +242,9 @@ def attend(
         if NORMALIZE:
             if not FULL:
                 weight = tl.where(row_mask(first, begin, end, CHUNK), weight, 0.0)
+            if near_weights is not None:
+                near_weight = load_tokens(near_weights, first, begin, end, CHUNK, FULL)
+                weight += near_weight
             inverse = inverse_or_zero(weight)
             read = scale_tokens(read, inverse, STATE_FIRST)
             if v0 == 0:
@@ -249,12 +255,15 @@ def attend(
             read = scale_tokens(read, tl.where(row_mask(first, begin, end, CHUNK), scale, 0.0), STATE_FIRST)
         if STATE_FIRST:
             read = tl.trans(read)
+        if near_weights is not None:
+            near = load_tile(out, o_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL)
+            read += near.to(tl.float32) * (near_weight * inverse)[:, None]
         store_tile(out, o_s, first, begin, stop, DV - v0, read, CHUNK, BV, DV % BV == 0, FULL)
-    if CAUSAL:
-        if (place == count - 1) & (q_head % GROUP == 0):
-            chunks = tl.cdiv(stop - start, CHUNK)
-            blank = blank_keys(start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
-            store_state(s1, z1, n * kv_heads + head, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
+    if s1 is not None:
+        if (here.place == here.count - 1) & (q_head % GROUP == 0):
+            chunks = tl.cdiv(stop - here.start, CHUNK)
+            blank = blank_keys(here.start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
+            store_state(s1, z1, here.n * kv_heads + head, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit

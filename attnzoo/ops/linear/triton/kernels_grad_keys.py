@@ -1,6 +1,7 @@
 """Linear attention backward, walking back: keys' and values' gradients (see `kernels_grad_queries`).
 
-Programs hold a block of what they write: of the features' columns for keys, of the values' for values.
+Programs hold a block of what they write: of the features' columns for keys, of the values' for values. With a `lag`
+keys meet the queries that many tokens later.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -9,15 +10,17 @@ Programs hold a block of what they write: of the features' columns for keys, of 
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_grad_queries import load_inverse, load_tokens
-from attnzoo.ops.linear.triton.states import gradient_after, store_state
+from attnzoo.ops.linear.triton.kernels_grad_queries import load_inverse
+from attnzoo.ops.linear.triton.states import state_beside, store_state
 from attnzoo.ops.linear.triton.tiles import (
     NARROW,
     decay_since,
     decay_until,
     head_base,
     load_features,
+    load_rate,
     load_tile,
+    load_tokens,
     locate,
     mask_weights,
     narrow_rows,
@@ -65,6 +68,7 @@ def grad_keys(
     length,
     parts,
     part,
+    lag,
     scale,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -81,45 +85,24 @@ def grad_keys(
 ):
     """d_k, and if there is a d_s0 also d_z0. Without causality the gradient d_s1 of the state is all that keys need."""
     head, d0 = tl.program_id(1), tl.program_id(2) * BD
-    n, row, begin, end, stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
+    row, begin, end = here.row, here.begin, here.end
     kv_heads = tl.num_programs(1)
     k = head_base(k, row, head, k_b, k_h) + d0
     v = head_base(v, row, head, v_b, v_h)
     d_k = head_base(d_k, row, head, dk_b, dk_h) + d0
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
-    after, z_after = gradient_after(
-        d_s1,
-        d_z1,
-        sums,
-        z_sums,
-        n,
-        place,
-        count,
-        head,
-        kv_heads,
-        begin,
-        end,
-        part,
-        rate,
-        0,
-        d0,
-        NORMALIZE,
-        D,
-        DV,
-        BV,
-        BD,
+    rate = load_rate(log_decay, head)
+    after, z_after = state_beside(
+        d_s1, d_z1, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, True, NORMALIZE, D, DV, BV, BD
     )
     s = tl.trans(after)
     z = tl.where((tl.arange(0, NARROW) == 0)[None, :], z_after[:, None], 0.0)  # [BD, NARROW], columns that sum to z
-    start = begin + place * part
-    chunks = tl.cdiv(tl.maximum(tl.minimum(start + part, stop) - start, 0), CHUNK)
+    chunks = tl.cdiv(tl.maximum(tl.minimum(here.start + part, here.stop) - here.start, 0), CHUNK)
     d_features = tl.zeros([BD, CHUNK], tl.float32)
     for step in range(0, chunks * GROUP):
-        first = start + (chunks - 1 - step // GROUP) * CHUNK
+        first = here.start + (chunks - 1 - step // GROUP) * CHUNK
         values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
         if step % GROUP == 0:  # the chunk's keys meet the queries after it
             d_features = tl.dot(s.to(COMPUTE), tl.trans(values), input_precision=PRECISION)
@@ -132,16 +115,22 @@ def grad_keys(
                 s, z = s * fade, z * fade
         if CAUSAL:
             q_head = head * GROUP + step % GROUP
+            target = first
+            if lag is not None:
+                target = first + lag
+            all_real: tl.constexpr = FULL and lag is None
             at = (row.to(tl.int64) * (kv_heads * GROUP) + q_head) * length
             own = head_base(q, row, q_head, q_b, q_h) + d0
-            queries = load_features(own, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
+            queries = load_features(
+                own, q_s, target, begin, end, D - d0, CHUNK, BD, D % BD == 0, all_real, MAP, COMPUTE
+            )
             given = head_base(d_out, row, q_head, do_b, do_h)
-            upstream = load_tile(given, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
-            inverse = load_inverse(inverses + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
+            upstream = load_tile(given, do_s, target, begin, end, DV, CHUNK, BV, BV == DV, all_real).to(COMPUTE)
+            inverse = load_inverse(inverses + at, target, begin, end, scale, NORMALIZE, CHUNK, all_real)
             columns = tl.trans((queries * inverse[:, None]).to(COMPUTE))  # [BD, queries]
             d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
             if NORMALIZE:
-                found = load_tokens(dots + at, first, begin, end, CHUNK, FULL)
+                found = load_tokens(dots + at, target, begin, end, CHUNK, all_real)
                 d_weights -= found[:, None]
             d_weights = mask_weights(d_weights, rate, False, CHUNK).to(COMPUTE)
             d_features = tl.dot(columns, d_weights, d_features, input_precision=PRECISION)
@@ -157,10 +146,12 @@ def grad_keys(
             if MAP != "identity":
                 keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
                 result = times_slope(result, keys, MAP)
-            store_tile(d_k, dk_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)
+            store_tile(d_k, dk_s, first, begin, here.stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)
     if d_s0 is not None:
-        if place == 0:
-            store_state(d_s0, d_z0, n * kv_heads + head, 0, d0, tl.trans(s), tl.sum(z, 1), NORMALIZE, D, DV, BV, BD)
+        if here.place == 0:
+            store_state(
+                d_s0, d_z0, here.n * kv_heads + head, 0, d0, tl.trans(s), tl.sum(z, 1), NORMALIZE, D, DV, BV, BD
+            )
 
 
 @triton.jit
@@ -191,6 +182,7 @@ def grad_values(
     length,
     parts,
     part,
+    lag,
     scale,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -207,23 +199,19 @@ def grad_values(
 ):
     """d_v. Without causality the gradient d_s1 of the state is all that values need."""
     head, v0 = tl.program_id(1), tl.program_id(2) * BV
-    n, row, begin, end, stop, place, count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
+    row, begin, end = here.row, here.begin, here.end
     kv_heads = tl.num_programs(1)
     k = head_base(k, row, head, k_b, k_h)
     d_v = head_base(d_v, row, head, dv_b, dv_h) + v0
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
-    s, _z = gradient_after(
-        d_s1, None, sums, None, n, place, count, head, kv_heads, begin, end, part, rate, v0, 0, False, D, DV, BV, BD
-    )
-    start = begin + place * part
-    chunks = tl.cdiv(tl.maximum(tl.minimum(start + part, stop) - start, 0), CHUNK)
+    rate = load_rate(log_decay, head)
+    s, _z = state_beside(d_s1, None, sums, None, here, head, kv_heads, part, rate, v0, 0, True, False, D, DV, BV, BD)
+    chunks = tl.cdiv(tl.maximum(tl.minimum(here.start + part, here.stop) - here.start, 0), CHUNK)
     d_values = tl.zeros([BV, CHUNK], tl.float32)
     for step in range(0, chunks * GROUP):
-        first = start + (chunks - 1 - step // GROUP) * CHUNK
+        first = here.start + (chunks - 1 - step // GROUP) * CHUNK
         keys = load_features(k, k_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
         if step % GROUP == 0:
             d_values = tl.dot(s.to(COMPUTE), tl.trans(keys), input_precision=PRECISION)  # [BV, CHUNK]
@@ -233,12 +221,18 @@ def grad_values(
                 s = s * tl.exp(rate * real.to(tl.float32))
         if CAUSAL:
             q_head = head * GROUP + step % GROUP
+            target = first
+            if lag is not None:
+                target = first + lag
+            all_real: tl.constexpr = FULL and lag is None
             at = (row.to(tl.int64) * (kv_heads * GROUP) + q_head) * length
             own = head_base(q, row, q_head, q_b, q_h)
-            queries = load_features(own, q_s, first, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
+            queries = load_features(own, q_s, target, begin, end, D, CHUNK, BD, BD == D, all_real, MAP, COMPUTE)
             given = head_base(d_out, row, q_head, do_b, do_h) + v0
-            upstream = load_tile(given, do_s, first, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
-            inverse = load_inverse(inverses + at, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
+            upstream = load_tile(given, do_s, target, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, all_real).to(
+                COMPUTE
+            )
+            inverse = load_inverse(inverses + at, target, begin, end, scale, NORMALIZE, CHUNK, all_real)
             queries = (queries * inverse[:, None]).to(COMPUTE)
             weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [queries, keys]
             weights = mask_weights(weights, rate, False, CHUNK).to(COMPUTE)
@@ -250,4 +244,4 @@ def grad_values(
             result = tl.trans(d_values)
             if not FULL:
                 result = tl.where(row_mask(first, begin, end, CHUNK)[:, None], result, 0.0)
-            store_tile(d_v, dv_s, first, begin, stop, DV - v0, result, CHUNK, BV, DV % BV == 0, FULL)
+            store_tile(d_v, dv_s, first, begin, here.stop, DV - v0, result, CHUNK, BV, DV % BV == 0, FULL)

@@ -10,14 +10,17 @@ the features' columns, and as in the forward the state is a product's first oper
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import state_before, store_state
+from attnzoo.ops.linear.triton.states import state_beside, store_state
 from attnzoo.ops.linear.triton.tiles import (
     NARROW,
     decay_since,
     decay_until,
     head_base,
     load_features,
+    load_late_features,
+    load_rate,
     load_tile,
+    load_tokens,
     locate,
     mask_weights,
     narrow_rows,
@@ -38,16 +41,6 @@ def load_inverse(inverses, first, low, high, scale, NORMALIZE: tl.constexpr, CHU
     else:
         factor = tl.where(row_mask(first, low, high, CHUNK), scale, 0.0)
     return factor
-
-
-@triton.jit
-def load_tokens(dots, first, low, high, CHUNK: tl.constexpr, FULL: tl.constexpr):
-    """One number a token, [CHUNK], 0 outside the rows [low, high)."""
-    if FULL:
-        found = tl.load(dots + first + tl.arange(0, CHUNK))
-    else:
-        found = tl.load(dots + first + tl.arange(0, CHUNK), mask=row_mask(first, low, high, CHUNK), other=0.0)
-    return found
 
 
 @triton.jit
@@ -124,19 +117,17 @@ def sum_gradient_parts(
     """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the queries of each part, those `lag` tokens on, add to the
     state's gradient; with the normaliser also dots [B, Hq, length]."""
     head, d0 = tl.program_id(1), tl.program_id(2) * BD
-    _n, row, begin, end, _stop, place, _count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
+    row, begin, end = here.row, here.begin, here.end
+    rate = load_rate(log_decay, head)
     s = tl.zeros([BV, BD], tl.float32)
     z = tl.zeros([NARROW, BD], tl.float32)
-    start = begin + place * part
-    chunks = tl.cdiv(tl.maximum(tl.minimum(start + part, end) - start, 0), CHUNK)
+    chunks = tl.cdiv(tl.maximum(tl.minimum(here.start + part, end) - here.start, 0), CHUNK)
     heads = tl.num_programs(1) * GROUP
     for step in range(0, chunks * GROUP):
-        first = start + (chunks - 1 - step // GROUP) * CHUNK
+        first = here.start + (chunks - 1 - step // GROUP) * CHUNK
         q_head = head * GROUP + step % GROUP
         at = (row.to(tl.int64) * heads + q_head) * length
         late = first + lag
@@ -201,6 +192,7 @@ def grad_queries(
     length,
     parts,
     part,
+    lag,
     scale,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -215,13 +207,17 @@ def grad_queries(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_q, and if there is an `out` also dots [B, Hq, length]. Without causality all queries read the state s0."""
+    """d_q, and if there is an `out` also dots [B, Hq, length]. Without causality all queries read the state s0.
+
+    Keys come `lag` tokens late, if it is given.
+    """
     q_head, d0 = tl.program_id(1), tl.program_id(2) * BD
     head = q_head // GROUP
     kv_heads = tl.num_programs(1) // GROUP
-    n, row, begin, end, stop, place, _count = locate(lengths, cu_seqlens, table, length, parts, part)
-    if place < 0:
+    here = locate(lengths, cu_seqlens, table, length, parts, part)
+    if here.place < 0:
         return
+    row, begin, end = here.row, here.begin, here.end
     at = (row.to(tl.int64) * tl.num_programs(1) + q_head) * length
     q = head_base(q, row, q_head, q_b, q_h) + d0
     k = head_base(k, row, head, k_b, k_h) + d0
@@ -231,17 +227,14 @@ def grad_queries(
         out = head_base(out, row, q_head, o_b, o_h)
     d_q = head_base(d_q, row, q_head, dq_b, dq_h) + d0
     inverses, dots = inverses + at, dots + at
-    rate = None
-    if log_decay is not None:
-        rate = tl.load(log_decay + head).to(tl.float32)
-    before, z_before = state_before(
-        s0, z0, sums, z_sums, n, place, head, kv_heads, begin, end, part, rate, 0, d0, NORMALIZE, D, DV, BV, BD
+    rate = load_rate(log_decay, head)
+    before, z_before = state_beside(
+        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, False, NORMALIZE, D, DV, BV, BD
     )
     s = tl.trans(before)
     z = tl.where((tl.arange(0, NARROW) == 0)[None, :], z_before[:, None], 0.0)  # [BD, NARROW], columns that sum to z
     ones = tl.trans(narrow_rows(tl.full([CHUNK], 1.0, tl.float32), COMPUTE))
-    start = begin + place * part
-    for first in range(start, tl.minimum(start + part, stop), CHUNK):
+    for first in range(here.start, tl.minimum(here.start + part, here.stop), CHUNK):
         upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
         inverse = load_inverse(inverses, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
         d_features = tl.dot(s.to(COMPUTE), tl.trans(upstream), input_precision=PRECISION)  # [BD, CHUNK]
@@ -256,8 +249,14 @@ def grad_queries(
         if log_decay is not None:
             d_features = d_features * decay_since(rate, CHUNK)[None, :]
         if CAUSAL:
-            keys = load_features(k, k_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
-            values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
+            source = first
+            if lag is not None:
+                source = first - lag
+            all_real: tl.constexpr = FULL and lag is None
+            keys = load_late_features(
+                k, k_s, source, begin, end, D - d0, CHUNK, BD, D % BD == 0, all_real, MAP, COMPUTE, lag is not None
+            )
+            values = load_tile(v, v_s, source, begin, end, DV, CHUNK, BV, BV == DV, all_real).to(COMPUTE)
             d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
             if NORMALIZE:
                 d_weights -= found[:, None]
@@ -276,4 +275,4 @@ def grad_queries(
         if MAP != "identity":
             queries = load_features(q, q_s, first, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
             result = times_slope(result, queries, MAP)
-        store_tile(d_q, dq_s, first, begin, stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)
+        store_tile(d_q, dq_s, first, begin, here.stop, D - d0, result, CHUNK, BD, D % BD == 0, FULL)

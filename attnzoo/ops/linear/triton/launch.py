@@ -69,11 +69,15 @@ def constants(
     **more: Any,
 ) -> dict[str, Any]:
     """Constants and launch options of a kernel that walks over chunks."""
+    more |= {"MAP": feature_map, "CHUNK": tiles.chunk, "COMPUTE": compute_type(config), "PRECISION": config.precision}
+    return state_constants(config, tiles, normalize, by_features=by_features) | more
+
+
+def compute_type(config: Config) -> Any:
+    """Triton's name of what is multiplied."""
     import triton.language as tl
 
-    compute = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[config.compute]
-    more |= {"MAP": feature_map, "CHUNK": tiles.chunk, "COMPUTE": compute, "PRECISION": config.precision}
-    return state_constants(config, tiles, normalize, by_features=by_features) | more
+    return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[config.compute]
 
 
 def blocks(width: int, tiles: Tiles) -> int:

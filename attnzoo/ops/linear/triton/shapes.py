@@ -20,6 +20,15 @@ class Tiles(NamedTuple):
     state_first: bool = False  # `attend` multiplies with the state as first operand
 
 
+class NearTiles(NamedTuple):
+    """The configuration of the kernels of the hybrid's window."""
+
+    rows: int  # tokens of a program
+    columns: int  # of the other side, looked at together
+    warps: int
+    stages: int
+
+
 class Config(NamedTuple):
     """Tiles of every kernel of a call."""
 
@@ -95,16 +104,18 @@ def configure(dim: int, v_dim: int, features: torch.dtype, values: torch.dtype) 
 def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     """Tiles of bf16, of every kernel, and how many programs a multiprocessor should have."""
     if widest <= 64:
-        return (Tiles(64, 64, 4, 3),) * 6, 2
+        return (Tiles(64, 64, 4, 4), *(Tiles(64, 64, 4, 3),) * 5), 2
     if widest <= 128:  # two groups of warps, over all columns: so nothing is mapped twice
         return (Tiles(64, 128, 8, 3, True),) * 6, 1
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 
-def hybrid_tiles(config: Config) -> Tiles:
-    """Tiles of the hybrid's kernels, which hold all columns."""
+def near_tiles(config: Config) -> NearTiles:
+    """Tiles of the kernels of the hybrid's window, which hold all columns."""
     chunk = config.attend.chunk
-    return Tiles(chunk, 256, 4 if interpreted() else 8, 1)
+    if config.compute != torch.bfloat16:
+        return NearTiles(chunk, chunk, 4, 1)
+    return NearTiles(64, 64, 4, 2)
 
 
 def is_full(length: int, config: Config, lengths: Tensor | None, cu_seqlens: Tensor | None) -> bool:
@@ -118,7 +129,11 @@ def cut(rows: int, heads: int, length: int, config: Config, device: torch.device
     programs = rows * heads * -(-config.v_dim // config.attend.block)
     wanted = num_multiprocessors(device.index) * config.per_sm // programs
     wanted = max(1, min(wanted, -(-length // (4 * granule))))
-    part = max(granule, -(-length // (wanted * granule)) * granule)
+    return divide(rows, length, max(granule, -(-length // (wanted * granule)) * granule), cu_seqlens)
+
+
+def divide(rows: int, length: int, part: int, cu_seqlens: Tensor | None) -> Parts:
+    """Parts of so many tokens."""
     if cu_seqlens is None:
         parts = max(1, -(-length // part))
         return Parts(part, parts, rows * parts)

@@ -60,85 +60,51 @@ def store_state(
 
 
 @triton.jit
-def part_fade(rate, begin, end, place, part):
-    """The decay over the real tokens of a sequence's part."""
-    return tl.exp(rate * tl.minimum(tl.maximum(end - begin - place * part, 0), part).to(tl.float32))
+def part_fade(rate, here, place, part):
+    """The decay over the real tokens of a part of this program's sequence."""
+    return tl.exp(rate * tl.minimum(tl.maximum(here.end - here.begin - place * part, 0), part).to(tl.float32))
 
 
 @triton.jit
-def state_before(
+def state_beside(
     s0,
     z0,
     sums,
     z_sums,
-    n,
-    place,
+    here,
     head,
     kv_heads,
-    begin,
-    end,
     part,
     rate,
     v0,
     d0,
+    AFTER: tl.constexpr,
     NORMALIZE: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     RV: tl.constexpr,
     RD: tl.constexpr,
 ):
-    """The state before this program's part: the initial one, and the sums of the parts before, in their order."""
+    """The state before this program's part: the initial one, and the sums of the parts before, in their order.
+
+    AFTER it: the gradient of the state there, from the last state's, and the sums of the parts after, from the last on.
+    """
     s = tl.zeros([RV, RD], tl.float32)
     z = tl.zeros([RD], tl.float32)
     if s0 is not None:
-        s, z = load_state(s0, z0, n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
+        s, z = load_state(s0, z0, here.n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
     if sums is not None:
-        for earlier in range(0, place):
+        others = here.place
+        if AFTER:
+            others = here.count - 1 - here.place
+        for step in range(0, others):
+            other = step
+            if AFTER:
+                other = here.count - 1 - step
             if rate is not None:
-                fade = part_fade(rate, begin, end, earlier, part)
+                fade = part_fade(rate, here, other, part)
                 s, z = s * fade, z * fade
-            index = (tl.program_id(0) - place + earlier) * kv_heads + head
-            more, z_more = load_state(sums, z_sums, index, v0, d0, NORMALIZE, D, DV, RV, RD)
-            s += more
-            z += z_more
-    return s, z
-
-
-@triton.jit
-def gradient_after(
-    d_s1,
-    d_z1,
-    sums,
-    z_sums,
-    n,
-    place,
-    count,
-    head,
-    kv_heads,
-    begin,
-    end,
-    part,
-    rate,
-    v0,
-    d0,
-    NORMALIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    RV: tl.constexpr,
-    RD: tl.constexpr,
-):
-    """The gradient of the state after this program's part: the last state's, and the sums of the parts after."""
-    s = tl.zeros([RV, RD], tl.float32)
-    z = tl.zeros([RD], tl.float32)
-    if d_s1 is not None:
-        s, z = load_state(d_s1, d_z1, n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
-    if sums is not None:
-        for back in range(0, count - 1 - place):
-            later = count - 1 - back
-            if rate is not None:
-                fade = part_fade(rate, begin, end, later, part)
-                s, z = s * fade, z * fade
-            index = (tl.program_id(0) - place + later) * kv_heads + head
+            index = (tl.program_id(0) - here.place + other) * kv_heads + head
             more, z_more = load_state(sums, z_sums, index, v0, d0, NORMALIZE, D, DV, RV, RD)
             s += more
             z += z_more

@@ -5,6 +5,8 @@ A sequence (a row, or a packed document) is cut into parts of `part` tokens, one
 
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
@@ -13,10 +15,22 @@ from triton.language.target_info import cuda_capability_geq
 NARROW = tl.constexpr(16)
 
 
+class Where(NamedTuple):
+    """Where a program's tokens are: a part of a sequence."""
+
+    n: tl.tensor  # the sequence
+    row: tl.tensor  # of the batch
+    begin: tl.tensor  # the sequence's first token
+    end: tl.tensor  # one past its last real token
+    stop: tl.tensor  # one past its last token
+    place: tl.tensor  # of the part in the sequence; below 0 there is nothing to do
+    count: tl.tensor  # parts of the sequence
+    start: tl.tensor  # the part's first token
+
+
 @triton.jit
 def locate(lengths, cu_seqlens, table, length, parts, part):
-    """Of this program: its sequence, batch row, the sequence's first token, one past its last real token, one past its
-    last token, the part's place in the sequence (below 0: nothing to do), and how many parts the sequence has."""
+    """Where this program's tokens are."""
     p = tl.program_id(0)
     if cu_seqlens is not None:
         n = tl.load(table + 2 * p).to(tl.int32)
@@ -36,7 +50,16 @@ def locate(lengths, cu_seqlens, table, length, parts, part):
         if lengths is not None:
             end = tl.load(lengths + n).to(tl.int32)
         count = begin + parts
-    return n, row, begin, end, stop, place, count
+    return Where(n, row, begin, end, stop, place, count, begin + place * part)
+
+
+@triton.jit
+def load_rate(log_decay, head):
+    """The natural log of a head's decay, None where nothing decays."""
+    rate = None
+    if log_decay is not None:
+        rate = tl.load(log_decay + head).to(tl.float32)
+    return rate
 
 
 @triton.jit
@@ -183,6 +206,48 @@ def load_features(
     if MAP == "elu" and not EVEN:
         x = tl.where((tl.arange(0, BLOCK) < width)[None, :], x, 0.0).to(COMPUTE)
     return x
+
+
+@triton.jit
+def load_late_features(
+    base,
+    stride,
+    first,
+    low,
+    high,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+    MAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    LATE: tl.constexpr,
+):
+    """As `load_features`; if LATE 0 outside the rows [low, high): before a sequence's first far key there are none."""
+    x = load_features(base, stride, first, low, high, width, ROWS, BLOCK, EVEN, FULL, MAP, COMPUTE)
+    if LATE:
+        x = tl.where(row_mask(first, low, high, ROWS)[:, None], x, 0.0).to(COMPUTE)
+    return x
+
+
+@triton.jit
+def load_tokens(x, first, low, high, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """One number a token, [CHUNK], 0 outside the rows [low, high)."""
+    if FULL:
+        found = tl.load(x + first + tl.arange(0, CHUNK))
+    else:
+        found = tl.load(x + first + tl.arange(0, CHUNK), mask=row_mask(first, low, high, CHUNK), other=0.0)
+    return found
+
+
+@triton.jit
+def store_tokens(x, first, low, high, values, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """Write one number a token, to the rows in [low, high)."""
+    if FULL:
+        tl.store(x + first + tl.arange(0, CHUNK), values)
+    else:
+        tl.store(x + first + tl.arange(0, CHUNK), values, mask=row_mask(first, low, high, CHUNK))
 
 
 @triton.jit
