@@ -12,6 +12,8 @@ from torch import Tensor
 from attnzoo.masks.base import Mask, Span, check_integer
 from attnzoo.masks.cutting import chop_before
 
+FEW = 8  # bounds that are compared one by one
+
 
 @dataclass(frozen=True)
 class GlobalTokens(Mask):
@@ -68,8 +70,11 @@ class GlobalTokens(Mask):
 
     def _bounds_up_to(self, position: Tensor) -> Tensor:
         """How many bounds lie at or before each position; odd for a global token."""
-        bounds = torch.tensor(self._bounds(), device=position.device, dtype=position.dtype)
-        return torch.searchsorted(bounds, position.contiguous(), right=True)
+        bounds = self._bounds()
+        if len(bounds) <= FEW:  # without a tensor from the host, which no CUDA graph can hold
+            return sum(((position >= bound).long() for bound in bounds), torch.zeros_like(position, dtype=torch.long))
+        held = torch.tensor(bounds, device=position.device, dtype=position.dtype)
+        return torch.searchsorted(held, position.contiguous(), right=True)
 
     def _bounds(self) -> list[int]:
         """Start and end of every stretch of global tokens, ascending."""
