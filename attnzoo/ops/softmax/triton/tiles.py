@@ -8,6 +8,7 @@ i = t + shift and j = u. Scores are kept times log2(e), so that exponentials are
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from attnzoo.ops.softmax.triton.sees import sees
 
@@ -34,6 +35,26 @@ def stages(walk, ends, partial):
     return partial if copied(walk, ends) else 1
 
 
+@triton.constexpr_function
+def compiled():
+    """Whether these are real kernels, and not interpreted ones."""
+    return not knobs.runtime.interpret
+
+
+@triton.jit
+def uniform(x):
+    """A number that all threads have, so that the compiler knows it too.
+
+    What was read from memory or summed over threads may differ from thread to thread for all that it knows, and loops
+    up to such a number keep every address in registers of each thread: a quarter more instructions.
+    """
+    if compiled():
+        x = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return x
+
+
 @triton.jit
 def document_of(tile, cu, documents, BLOCK: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Which document the grid's `tile` belongs to, when documents are cut into tiles one after another, and its first
@@ -45,7 +66,7 @@ def document_of(tile, cu, documents, BLOCK: tl.constexpr, DOCUMENTS: tl.constexp
     ends = tl.cumsum(tiles, 0)
     document = tl.sum(((ends <= tile) & (n < documents)).to(tl.int32), 0)
     first = tl.sum(tl.where(n == document, ends - tiles, 0), 0)
-    return document, first
+    return uniform(document), uniform(first)
 
 
 @triton.jit
@@ -66,16 +87,16 @@ def sequence(
     It is a document if PACKED, and a residue class of positions if STEP > 1: rows are then STEP apart in memory.
     """
     if PACKED:
-        q_start = tl.load(cu_q + number).to(tl.int32)
-        k_start = tl.load(cu_k + number).to(tl.int32)
-        q_rows = tl.load(cu_q + number + 1).to(tl.int32) - q_start
-        k_rows = tl.load(cu_k + number + 1).to(tl.int32) - k_start
+        q_start = uniform(tl.load(cu_q + number).to(tl.int32))
+        k_start = uniform(tl.load(cu_k + number).to(tl.int32))
+        q_rows = uniform(tl.load(cu_q + number + 1).to(tl.int32)) - q_start
+        k_rows = uniform(tl.load(cu_k + number + 1).to(tl.int32)) - k_start
         shift = k_rows - q_rows
         k_seen = k_rows
     else:
         seen = k_len
         if key_lengths is not None:
-            seen = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), k_len)
+            seen = uniform(tl.minimum(tl.load(key_lengths + batch).to(tl.int32), k_len))
         if STEP == 1:
             q_start = 0
             k_start = 0
