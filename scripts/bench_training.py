@@ -47,7 +47,7 @@ from recipes.trainer import build_trainer
 from recipes.windows import Windows
 
 PEAK = 989e12  # bf16 flops a second of an H200 or H100 SXM, by its data sheet
-TURNS, TURN, COMPARED = 5, 5, 8  # steps of a turn, and steps whose losses are compared
+TURNS, TURN, COMPARED = 4, 5, 8  # steps of a turn, and steps whose losses are compared
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, to see that it runs
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
