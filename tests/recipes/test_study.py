@@ -99,7 +99,7 @@ def test_a_study_that_cannot_be_planned_is_refused(experiment, tmp_path, study, 
 
 
 def test_every_study_of_conf_can_be_planned(tmp_path):
-    for name, runs in {"recovery": 14, "gqa_paper": 33, "compare": 6}.items():
+    for name, runs in {"recovery": 19, "gqa_paper": 33, "compare": 6}.items():
         arms = plan_arms(name, [], tmp_path)
         assert len(arms) == runs, name
         assert read_study(name, [])["figure"]
@@ -225,7 +225,7 @@ def test_a_study_runs_resumes_and_shares_what_its_runs_have_in_common(tmp_path):
     assert log.count("starts in") == 3
     record = json.loads((tmp_path / "studies" / "recovery" / "results.json").read_text())
     assert [one["name"] for one in record["arms"]] == ["control", "mean, CE", "mean, KL"]
-    assert len(record["missing"]) == 11
+    assert len(record["missing"]) == 16
     originals = [one["evaluations"][0] for one in record["arms"]]
     assert originals[1] == originals[2] and originals[0]["cross_entropy"] == originals[1]["cross_entropy"]
     assert len(list((tmp_path / "studies" / "common" / "converted").glob("*/config.json"))) == 1
