@@ -43,6 +43,7 @@ class LatentCache(TokenCache):
         check_least("qk_rope_head_dim", qk_rope_head_dim, 1)
         super().__init__(batch_size, 1, max_length, kv_lora_rank, qk_rope_head_dim, dtype, device)
         self._joint = Storage(batch_size, 1, max_length, kv_lora_rank + qk_rope_head_dim, self.dtype, self.device)
+        self._halves: tuple[Tensor, Tensor, Tensor] | None = None  # the memory, its latents and its rope keys
 
     def joint(self) -> Tensor:
         """Latents and rope keys side by side, `[B, 1, length, kv_lora_rank + qk_rope_head_dim]`, not copied."""
@@ -50,7 +51,11 @@ class LatentCache(TokenCache):
 
     def stored(self) -> Stored:
         joint = self._joint.parts[0]
-        return self._stored((joint[..., : self.head_dim],), (joint[..., self.head_dim :],))
+        if torch.compiler.is_compiling():
+            return self._stored((joint[..., : self.head_dim],), (joint[..., self.head_dim :],))
+        if self._halves is None or self._halves[0] is not joint:  # cutting costs as much as a launch
+            self._halves = joint, joint[..., : self.head_dim], joint[..., self.head_dim :]
+        return self._stored((self._halves[1],), (self._halves[2],))
 
     def _storages(self) -> tuple[Storage, ...]:
         return (self._joint,)

@@ -87,15 +87,14 @@ def _call(
 
 
 def _check(q_latent: Tensor, q_rope: Tensor, held: Stored, starts: int | Tensor | None) -> None:
-    batch = held.batch
-    if held.heads != 1:
-        raise ValueError(f"cache holds {held.heads} heads; latents are one head for all")
-    sizes = held.k[0].shape[3], held.v[0].shape[3]
-    for name, given, size in (("q_latent", q_latent, sizes[0]), ("q_rope", q_rope, sizes[1])):
-        fits = given.dim() == 4 and given.shape[:3] == q_latent.shape[:3]
-        if not fits or given.shape[0] != batch or given.shape[3] != size:
+    batch, heads = held.batch, held.heads
+    if heads != 1:
+        raise ValueError(f"cache holds {heads} heads; latents are one head for all")
+    first = q_latent.shape
+    for name, shape, size in (("q_latent", first, held.k[0].shape[3]), ("q_rope", q_rope.shape, held.v[0].shape[3])):
+        if len(shape) != 4 or shape[:3] != first[:3] or shape[0] != batch or shape[3] != size:
             raise ValueError(
-                f"{name} has shape {list(given.shape)}; with q_latent {list(q_latent.shape)} and this cache it must "
+                f"{name} has shape {list(shape)}; with q_latent {list(first)} and this cache it must "
                 f"be [{batch}, heads, queries, {size}]"
             )
     if isinstance(starts, Tensor) and starts.shape != (batch,):

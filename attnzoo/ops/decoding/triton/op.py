@@ -100,11 +100,12 @@ plans: Plans[Plan] = Plans()
 
 
 def form_of(k: Sequence[Tensor], v: Sequence[Tensor], recent: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a launch depends on of what is stored, but for addresses."""
+    """What a launch depends on of what is stored, but for addresses; what stands beside vectors is dense."""
+    a, b = k[0], v[0]
+    vectors = a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype
     if len(k) == len(v) == 1 and not recent:
-        a, b = k[0], v[0]
-        return a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype
-    return len(k), *[part for t in (*k, *v, *recent) for part in (t.shape, t.stride(), t.dtype)]
+        return vectors
+    return *vectors, len(k), *[t.dtype for t in (*k[1:], *v[1:], *recent)], recent[0].shape[2] if recent else 0
 
 
 def dtypes_of(*tensors: Tensor | None) -> Any:

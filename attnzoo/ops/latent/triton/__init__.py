@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -18,28 +20,49 @@ _WIDEST_FP32 = 256  # longer sums, one after another, would lose digits to plain
 
 def reasons(call: Call) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
-    q, held = call.q_latent, call.stored
-    out = triton_reasons(q.device)
-    if bounds(call.mask) is None:
-        out.append(f"has no {call.mask.pattern!r} mask")
-    if q.shape[2] > _MOST_QUERIES:
-        out.append(f"takes up to {_MOST_QUERIES} queries, not {q.shape[2]}")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        out.append(f"has no {q.dtype}")
-    if torch.is_autocast_enabled(q.device.type):
+    q, rope, held = call.q_latent, call.q_rope, call.stored
+    latent, key = held.k[0], held.v[0]
+    pattern = call.mask.pattern if bounds(call.mask) is None else None
+    sizes, dense = (q.shape[2], latent.shape[3], key.shape[3]), latent.stride(3) == key.stride(3) == 1
+    cast = torch.is_autocast_enabled(q.device.type)
+    trained = torch.is_grad_enabled() and (q.requires_grad or rope.requires_grad)
+    found = _reasons if torch.compiler.is_compiling() else _kept_reasons
+    return list(found(q.device, (q.dtype, rope.dtype, held.dtype), sizes, pattern, dense, cast, trained))
+
+
+def _reasons(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int],
+    pattern: str | None,
+    dense: bool,
+    cast: bool,
+    trained: bool,
+) -> tuple[str, ...]:
+    out, (q_len, *given), (dtype, rope, kept) = triton_reasons(device), sizes, dtypes
+    if pattern is not None:
+        out.append(f"has no {pattern!r} mask")
+    if q_len > _MOST_QUERIES:
+        out.append(f"takes up to {_MOST_QUERIES} queries, not {q_len}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        out.append(f"has no {dtype}")
+    if cast:
         out.append("does not cast under autocast")
-    elif not q.dtype == call.q_rope.dtype == held.dtype:
-        out.append(f"wants queries of the cache's {held.dtype}, not {q.dtype} and {call.q_rope.dtype}")
-    for (name, widest), vectors in zip(_WIDEST.items(), (held.k[0], held.v[0]), strict=True):
-        if vectors.shape[3] > widest:
-            out.append(f"takes a {name} of up to {widest}, not {vectors.shape[3]}")
-        if vectors.stride(3) != 1:
-            out.append("wants vectors without strides")
-    if q.dtype == torch.float32 and q.shape[3] > _WIDEST_FP32:
-        out.append(f"takes a kv_lora_rank of up to {_WIDEST_FP32} in fp32, not {q.shape[3]}")
-    if torch.is_grad_enabled() and (q.requires_grad or call.q_rope.requires_grad):
+    elif not dtype == rope == kept:
+        out.append(f"wants queries of the cache's {kept}, not {dtype} and {rope}")
+    for (name, widest), size in zip(_WIDEST.items(), given, strict=True):
+        if size > widest:
+            out.append(f"takes a {name} of up to {widest}, not {size}")
+    if not dense:
+        out.append("wants vectors without strides")
+    if dtype == torch.float32 and given[0] > _WIDEST_FP32:
+        out.append(f"takes a kv_lora_rank of up to {_WIDEST_FP32} in fp32, not {given[0]}")
+    if trained:
         out.append("has no backward")
-    return out
+    return tuple(out)
+
+
+_kept_reasons = lru_cache(maxsize=256)(_reasons)
 
 
 def run(call: Call) -> Tensor:
