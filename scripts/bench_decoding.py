@@ -3,9 +3,9 @@
     python scripts/bench_decoding.py [--only bf16 int8 paged window queries latent] [--out results.json] [--commit HASH]
 
 Each case is timed twice. `ms`: the median of single calls (the smallest of three), each after a write that empties the
-L2 cache (which has to be written back while the call runs: about 10 us on an H200 that no call escapes). `graph_ms`: calls in a CUDA graph
-that go around several sets of inputs, together four times the L2 cache. The limit is a large copy, measured beside
-them. A result counts only if it is right: each is compared with plain PyTorch in fp32.
+L2 cache (which has to be written back while the call runs: about 10 us on an H200 that no call escapes). `graph_ms`:
+calls in a CUDA graph that go around several sets of inputs, together four times the L2 cache. The limit is a large
+copy, measured beside them. A result counts only if it is right: each is compared with plain PyTorch in fp32.
 """
 
 from __future__ import annotations
