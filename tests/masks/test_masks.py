@@ -60,6 +60,10 @@ def same_document(i: int, j: int) -> bool:
         (GlobalTokens((7, 0, 2, 3, 2)), lambda i, j: i in (0, 2, 3, 7) or j in (0, 2, 3, 7)),
         (GlobalTokens(torch.tensor([1, 4])) & Causal(), lambda i, j: j <= i and (i in (1, 4) or j in (1, 4))),
         (GlobalTokens(()), lambda i, j: False),
+        (
+            GlobalTokens(range(0, 30, 3)),
+            lambda i, j: i in range(0, 30, 3) or j in range(0, 30, 3),
+        ),  # more stretches than are compared
         (Blockwise(Causal(), 3), lambda i, j: j // 3 <= i // 3),
         (longformer(4, (0, 5)), lambda i, j: abs(i - j) <= 2 or i in (0, 5) or j in (0, 5)),
         (longformer(4, 1, dilation=2), lambda i, j: j - i in (-4, -2, 0, 2, 4) or 0 in (i, j)),
