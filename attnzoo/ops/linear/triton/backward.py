@@ -199,7 +199,7 @@ def sum_gradients(
 
     With the normaliser `dots [B, Hq, Sq]` are written: upstream gradient times output.
     """
-    from attnzoo.ops.linear.triton.kernels_grad_queries import sum_gradient_parts
+    from attnzoo.ops.linear.triton.kernels_sums import sum_gradient_parts
 
     kv_heads, tiles = x.k.shape[1], config.sum_gradients
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=x.q.device)

@@ -30,8 +30,8 @@ def builds() -> Builds:
     yield from _hybrid(64, bf16)
     yield from _hybrid(128, bf16)
     config = configure(128, 128, bf16, bf16)
-    from attnzoo.ops.linear.triton.kernels_forward import join_parts
     from attnzoo.ops.linear.triton.kernels_step import step_token, step_tokens
+    from attnzoo.ops.linear.triton.kernels_sums import join_parts
 
     yield _build(join_parts, state_constants(config, config.sums, True), bf16, ("firsts", "s0", "z0"))
     options = constants(config, config.sums, True, "elu", GROUP=1) | {"num_warps": 4}
@@ -44,12 +44,13 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
     from attnzoo.ops.linear.triton import kernels_forward as forward
     from attnzoo.ops.linear.triton import kernels_grad_keys as keys
     from attnzoo.ops.linear.triton import kernels_grad_queries as queries
+    from attnzoo.ops.linear.triton import kernels_sums as sums
 
     config = configure(dim, dim, dtype, dtype)
     for kernel, tiles, by_features in (
-        (forward.sum_parts, config.sums, False),
+        (sums.sum_parts, config.sums, False),
         (forward.attend, config.attend, False),
-        (queries.sum_gradient_parts, config.sum_gradients, True),
+        (sums.sum_gradient_parts, config.sum_gradients, True),
         (queries.grad_queries, config.queries, True),
         (keys.grad_values, config.values, False),
         (keys.grad_keys, config.keys, True),
@@ -63,14 +64,15 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
 
 def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
     """The hybrid's kernels: those of the window, and the walks with keys that come late."""
-    from attnzoo.ops.linear.triton import kernels_near as near
+    from attnzoo.ops.linear.triton import kernels_near_backward as near_backward
     from attnzoo.ops.linear.triton.kernels_forward import attend
     from attnzoo.ops.linear.triton.kernels_grad_keys import grad_keys, grad_values
     from attnzoo.ops.linear.triton.kernels_grad_queries import grad_queries
+    from attnzoo.ops.linear.triton.kernels_near import near_attend
 
     config = configure(dim, dim, dtype, dtype)
     options = near_constants(config, dim, GROUP=1, ADD=True) | {"NORMALIZE": True}
-    for kernel in (near.near_attend, near.near_grad_queries, near.near_grad_keys):
+    for kernel in (near_attend, near_backward.near_grad_queries, near_backward.near_grad_keys):
         yield _build(kernel, options, dtype, ("lengths", "cu_seqlens", "table"))
     for kernel, tiles, by_features in (
         (attend, config.attend, False),

@@ -146,7 +146,7 @@ def sum_keys(
     skip_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for last parts if skipped."""
-    from attnzoo.ops.linear.triton import kernels_forward as kernels
+    from attnzoo.ops.linear.triton import kernels_sums as kernels
 
     kv_heads, tiles = k.shape[1], config.sums
     sums = torch.empty(parts.programs, kv_heads, config.dim, config.v_dim, dtype=torch.float32, device=k.device)
@@ -185,7 +185,7 @@ def join(
     config: Config,
 ) -> None:
     """Write s1 and z1: each sequence's state before, and the sums of its parts."""
-    from attnzoo.ops.linear.triton import kernels_forward as kernels
+    from attnzoo.ops.linear.triton import kernels_sums as kernels
 
     launch(
         kernels.join_parts,

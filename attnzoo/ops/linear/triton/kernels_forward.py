@@ -1,4 +1,4 @@
-"""Linear attention forward: sums of each part of a sequence, then a walk over each part's chunks.
+"""Linear attention forward: a walk over the chunks of each part of a sequence (its state before: `kernels_sums`).
 
 A program holds a block of the values' columns and all features, and its state transposed [BV, BD]. If STATE_FIRST the
 state is a matrix product's first operand, straight from the registers in which it is summed, and outputs come out
@@ -11,103 +11,28 @@ transposed: so a block may have 128 columns, over two groups of warps. The norma
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import load_state, state_beside, store_state
+from attnzoo.ops.linear.triton.features import load_features, load_late_features
+from attnzoo.ops.linear.triton.kernels_sums import blank_keys
+from attnzoo.ops.linear.triton.states import state_beside, store_state
 from attnzoo.ops.linear.triton.tiles import (
-    NARROW,
-    decay_since,
-    decay_until,
     head_base,
-    inverse_or_zero,
-    load_features,
-    load_late_features,
     load_rate,
     load_tile,
     load_tokens,
     locate,
-    mask_weights,
-    pieces,
-    real_tokens,
     row_mask,
     store_tile,
     store_tokens,
+)
+from attnzoo.ops.linear.triton.weights import (
+    decay_since,
+    decay_until,
+    inverse_or_zero,
+    mask_weights,
+    pieces,
+    real_tokens,
     twice,
 )
-
-
-@triton.jit
-def blank_keys(start, chunks, low, high, FADES: tl.constexpr, MAP: tl.constexpr, CHUNK: tl.constexpr):
-    """What keys outside the rows [low, high) have added to every sum in z: each one, where map(0) is 1."""
-    found = 0.0
-    if MAP == "elu":
-        if not FADES:
-            real = tl.maximum(tl.minimum(start + chunks * CHUNK, high) - tl.maximum(start, low), 0)
-            found = (chunks * CHUNK - real).to(tl.float32)
-    return found
-
-
-@triton.jit
-def sum_parts(
-    k,
-    v,
-    sums,
-    z_sums,
-    log_decay,
-    lengths,
-    cu_seqlens,
-    table,
-    k_b,
-    k_h,
-    k_s,
-    v_b,
-    v_h,
-    v_s,
-    length,
-    parts,
-    part,
-    lag,
-    SKIP_LAST: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    MAP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FULL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the keys of each part, `lag` tokens late, add to the state."""
-    head, v0 = tl.program_id(1), tl.program_id(2) * BV
-    here = locate(lengths, cu_seqlens, table, length, parts, part)
-    if here.place < 0:
-        return
-    row, begin, end = here.row, here.begin, here.end
-    if SKIP_LAST:
-        if here.place == here.count - 1:
-            return
-    k = head_base(k, row, head, k_b, k_h)
-    v = head_base(v, row, head, v_b, v_h) + v0
-    rate = load_rate(log_decay, head)
-    s = tl.zeros([BV, BD], tl.float32)
-    z = tl.zeros([NARROW, BD], tl.float32)
-    ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)
-    stop = tl.maximum(tl.minimum(here.start + part, end + lag), here.start)
-    for first in range(here.start, stop, CHUNK):
-        keys = load_features(k, k_s, first - lag, begin, end, D, CHUNK, BD, BD == D, FULL, MAP, COMPUTE)
-        values = load_tile(v, v_s, first - lag, begin, end, DV - v0, CHUNK, BV, DV % BV == 0, FULL).to(COMPUTE)
-        if log_decay is not None:
-            real = real_tokens(first, end, CHUNK)
-            fade = tl.exp(rate * real.to(tl.float32))
-            keys = (keys * decay_until(rate, real, CHUNK)[:, None]).to(COMPUTE)
-            s, z = s * fade, z * fade
-        s = tl.dot(tl.trans(values), keys, s, input_precision=PRECISION)
-        if NORMALIZE:
-            z = tl.dot(ones, keys, z, input_precision=PRECISION)
-    chunks = tl.cdiv(stop - here.start, CHUNK)
-    blank = blank_keys(here.start - lag, chunks, begin, end, log_decay is not None, MAP, CHUNK)
-    index = tl.program_id(0) * tl.num_programs(1) + head
-    store_state(sums, z_sums, index, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit
@@ -264,38 +189,3 @@ def attend(
             chunks = tl.cdiv(stop - here.start, CHUNK)
             blank = blank_keys(here.start, chunks, begin, end, log_decay is not None, MAP, CHUNK)
             store_state(s1, z1, here.n * kv_heads + head, v0, 0, s, tl.sum(z, 0) / 2 - blank, NORMALIZE, D, DV, BV, BD)
-
-
-@triton.jit
-def join_parts(
-    sums,
-    z_sums,
-    s0,
-    z0,
-    s1,
-    z1,
-    firsts,
-    parts,
-    NORMALIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """s1 [N, Hk, D, DV] and z1 [N, Hk, D]: the state before, and the sums of a sequence's parts in their order."""
-    n, head, v0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
-    kv_heads = tl.num_programs(1)
-    first = n * parts
-    last = first + parts
-    if firsts is not None:
-        first = tl.load(firsts + n).to(tl.int32)
-        last = tl.load(firsts + n + 1).to(tl.int32)
-    s = tl.zeros([BV, BD], tl.float32)
-    z = tl.zeros([BD], tl.float32)
-    if s0 is not None:
-        s, z = load_state(s0, z0, n * kv_heads + head, v0, 0, NORMALIZE, D, DV, BV, BD)
-    for p in range(first, last):
-        more, z_more = load_state(sums, z_sums, p * kv_heads + head, v0, 0, NORMALIZE, D, DV, BV, BD)
-        s += more
-        z += z_more
-    store_state(s1, z1, n * kv_heads + head, v0, 0, s, z, NORMALIZE, D, DV, BV, BD)

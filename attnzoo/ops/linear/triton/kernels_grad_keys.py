@@ -10,24 +10,17 @@ keys meet the queries that many tokens later.
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.kernels_grad_queries import load_inverse
+from attnzoo.ops.linear.triton.features import load_features, times_slope
 from attnzoo.ops.linear.triton.states import state_beside, store_state
-from attnzoo.ops.linear.triton.tiles import (
+from attnzoo.ops.linear.triton.tiles import head_base, load_rate, load_tile, load_tokens, locate, row_mask, store_tile
+from attnzoo.ops.linear.triton.weights import (
     NARROW,
     decay_since,
     decay_until,
-    head_base,
-    load_features,
-    load_rate,
-    load_tile,
-    load_tokens,
-    locate,
+    load_inverse,
     mask_weights,
     narrow_rows,
     real_tokens,
-    row_mask,
-    store_tile,
-    times_slope,
 )
 
 

@@ -1,4 +1,4 @@
-"""Linear attention backward, walking forward: queries' gradients, and what queries add to the state's gradient.
+"""Linear attention backward, walking forward: queries' gradients.
 
 With out_i = r_i / t_i the weight of key j has the gradient (do_i . v_j - do_i . out_i) / t_i, where the second product
 falls away without the normaliser t, whose place the scale takes. `dots` holds do_i . out_i. Programs hold a block of
@@ -10,147 +10,19 @@ the features' columns, and as in the forward the state is a product's first oper
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.states import state_beside, store_state
-from attnzoo.ops.linear.triton.tiles import (
+from attnzoo.ops.linear.triton.features import load_features, load_late_features, times_slope
+from attnzoo.ops.linear.triton.states import state_beside
+from attnzoo.ops.linear.triton.tiles import head_base, load_rate, load_tile, load_tokens, locate, store_tile
+from attnzoo.ops.linear.triton.weights import (
     NARROW,
     decay_since,
     decay_until,
-    head_base,
-    load_features,
-    load_late_features,
-    load_rate,
-    load_tile,
-    load_tokens,
-    locate,
+    find_dots,
+    load_inverse,
     mask_weights,
     narrow_rows,
     real_tokens,
-    row_mask,
-    store_tile,
-    times_slope,
 )
-
-
-@triton.jit
-def load_inverse(inverses, first, low, high, scale, NORMALIZE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
-    """1 / t as the forward found it, or the scale; 0 outside the rows [low, high)."""
-    if NORMALIZE:
-        factor = load_tokens(inverses, first, low, high, CHUNK, FULL)
-    elif FULL:
-        factor = tl.full([CHUNK], 1.0, tl.float32) * scale
-    else:
-        factor = tl.where(row_mask(first, low, high, CHUNK), scale, 0.0)
-    return factor
-
-
-@triton.jit
-def find_dots(
-    upstream,
-    out,
-    o_s,
-    dots,
-    first,
-    low,
-    high,
-    width,
-    write,
-    BV: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """do . out, [CHUNK], from the tile of do; written to `dots` if `write`.
-
-    In fp32 summed as a product sums do . v, so that where an output is nearly one value they differ by as little.
-    """
-    o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN, FULL)
-    if upstream.dtype == tl.float32 and PRECISION != "tf32":
-        products = tl.dot(upstream, tl.trans(o.to(tl.float32)), input_precision=PRECISION)
-        row = tl.arange(0, CHUNK)
-        found = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
-    else:
-        found = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(dots + first + tl.arange(0, CHUNK), found, mask=row_mask(first, low, high, CHUNK) & write)
-    return found
-
-
-@triton.jit
-def sum_gradient_parts(
-    q,
-    d_out,
-    out,
-    inverses,
-    dots,
-    sums,
-    z_sums,
-    log_decay,
-    lengths,
-    cu_seqlens,
-    table,
-    q_b,
-    q_h,
-    q_s,
-    do_b,
-    do_h,
-    do_s,
-    o_b,
-    o_h,
-    o_s,
-    length,
-    parts,
-    part,
-    lag,
-    scale,
-    GROUP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    MAP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FULL: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the queries of each part, those `lag` tokens on, add to the
-    state's gradient; with the normaliser also dots [B, Hq, length]."""
-    head, d0 = tl.program_id(1), tl.program_id(2) * BD
-    here = locate(lengths, cu_seqlens, table, length, parts, part)
-    if here.place < 0:
-        return
-    row, begin, end = here.row, here.begin, here.end
-    rate = load_rate(log_decay, head)
-    s = tl.zeros([BV, BD], tl.float32)
-    z = tl.zeros([NARROW, BD], tl.float32)
-    chunks = tl.cdiv(tl.maximum(tl.minimum(here.start + part, end) - here.start, 0), CHUNK)
-    heads = tl.num_programs(1) * GROUP
-    for step in range(0, chunks * GROUP):
-        first = here.start + (chunks - 1 - step // GROUP) * CHUNK
-        q_head = head * GROUP + step % GROUP
-        at = (row.to(tl.int64) * heads + q_head) * length
-        late = first + lag
-        own = head_base(q, row, q_head, q_b, q_h) + d0
-        queries = load_features(own, q_s, late, begin, end, D - d0, CHUNK, BD, D % BD == 0, FULL, MAP, COMPUTE)
-        given = head_base(d_out, row, q_head, do_b, do_h)
-        upstream = load_tile(given, do_s, late, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
-        factor = load_inverse(inverses + at, late, begin, end, scale, NORMALIZE, CHUNK, FULL)
-        if log_decay is not None:
-            factor = factor * decay_since(rate, CHUNK)
-            if step % GROUP == 0:
-                fade = tl.exp(rate * real_tokens(first, end, CHUNK).to(tl.float32))
-                s, z = s * fade, z * fade
-        queries = (queries * factor[:, None]).to(COMPUTE)
-        s = tl.dot(tl.trans(upstream), queries, s, input_precision=PRECISION)
-        if NORMALIZE:
-            o = head_base(out, row, q_head, o_b, o_h)
-            found = find_dots(
-                upstream, o, o_s, dots + at, late, begin, end, DV, d0 == 0, BV, BV == DV, CHUNK, FULL, PRECISION
-            )
-            z = tl.dot(narrow_rows(found, COMPUTE), queries, z, input_precision=PRECISION)
-    index = tl.program_id(0) * tl.num_programs(1) + head
-    store_state(sums, z_sums, index, 0, d0, s, -tl.sum(z, 0), NORMALIZE, D, DV, BV, BD)
 
 
 @triton.jit

@@ -8,15 +8,9 @@ A program has a row and key head to itself, and goes through the blocks of the v
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.tiles import (
-    apply_map,
-    decay_since,
-    decay_until,
-    head_base,
-    inverse_or_zero,
-    load_tile,
-    mask_weights,
-)
+from attnzoo.ops.linear.triton.features import apply_map
+from attnzoo.ops.linear.triton.tiles import head_base, load_tile
+from attnzoo.ops.linear.triton.weights import decay_since, decay_until, inverse_or_zero, mask_weights
 
 
 @triton.jit

@@ -42,7 +42,7 @@ class Near(NamedTuple):
         add: tuple[bool, bool],
     ) -> None:
         """Write the row sums, d_q and d_k, or add to what these hold, and add to d_v."""
-        from attnzoo.ops.linear.triton.kernels_near import near_grad_keys, near_grad_queries
+        from attnzoo.ops.linear.triton.kernels_near_backward import near_grad_keys, near_grad_queries
 
         q, k, v = self.q, self.k, self.v
         (d_q, d_k, d_v), given = gradients, (q, k, v, d_out, self.gain, inverses, dots, top, arg, row_sums)
