@@ -118,8 +118,7 @@ def _measure(
 ) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "attnzoo.hf.generation.bench", mechanism]
     command += ["--batch", str(batch), "--length", str(length), "--lock", lock]
-    # Each would compile with as many processes as there are cores; and workers that PyTorch has put to rest, as it does
-    # after a minute, have not always come back (2.11), which left everybody waiting for the lock.
+    # Each would compile with as many processes as there are cores, every one of which takes seconds to start.
     alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     other, ours = "no reason given", False
     with (

@@ -127,7 +127,7 @@ def test_transformers_decodes_over_as_many_tokens_as_ours(monkeypatch, tiny, mec
     kind, changes = peers.PEERS[mechanism]
     if "sliding_window" in changes:
         monkeypatch.setitem(peers.PEERS, mechanism, (kind, changes | {"sliding_window": 16}))
-    how = peers.ways(mechanism)[0]
+    how = peers.ways(mechanism, 1)[0]
     for layer in peers.filled(peers.peer_model(mechanism, how), 2, 64).layers:
         assert int(layer.get_seq_length()) == 64
         assert layer.keys[:, :, : 16 if "sliding_window" in changes else 64].ne(0).all()

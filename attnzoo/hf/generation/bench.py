@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     lock, mechanism, batch, length = Lock(options.lock), options.mechanism, options.batch, options.length
     about = {"mechanism": mechanism, "length": length, "batch": batch}
     _tell({"side": "ours", **about}, lambda: ours(mechanism, batch, length, lock))
-    for how in ways(mechanism):
+    for how in ways(mechanism, batch):
         _tell({"side": "transformers", "how": how, **about}, partial(theirs, mechanism, how, batch, length, lock))
     return 0
 

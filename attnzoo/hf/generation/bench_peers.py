@@ -21,16 +21,17 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # With a static cache, over which `generate` compiles its steps by itself. A dynamic one is copied at each step: at 16
 # rows that took 2.5 to 8 times as long. FlexAttention pays where SDPA, given a mask, has to repeat keys; elsewhere it
-# took longer.
+# took longer, and with 64 rows Triton was not done with the kernel that makes its block mask after three minutes.
+# Implementation, mechanisms, most rows.
 HOWS = {
-    "sdpa, static cache, compiled": ("sdpa", tuple(PEERS)),
-    "flex_attention, static cache, compiled": ("flex_attention", ("GQA-8", "MQA")),
+    "sdpa, static cache, compiled": ("sdpa", tuple(PEERS), 2**20),
+    "flex_attention, static cache, compiled": ("flex_attention", ("GQA-8", "MQA"), 16),
 }
 
 
-def ways(mechanism: str) -> list[str]:
-    """How transformers can decode with a mechanism; none where it does not have it."""
-    return [how for how, (_, mechanisms) in HOWS.items() if mechanism in mechanisms]
+def ways(mechanism: str, batch: int) -> list[str]:
+    """How transformers can decode with a mechanism and so many rows; none where it does not have it."""
+    return [how for how, (_, mechanisms, most) in HOWS.items() if mechanism in mechanisms and batch <= most]
 
 
 def peer_model(mechanism: str, how: str) -> PreTrainedModel:
