@@ -49,6 +49,21 @@ def test_long_rows_err_at_most_twice_as_much_as_plain_pytorch(
     assert_as_accurate("out", decode(q, cache, mask=mask, backend="triton"), plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_short_vectors_over_long_rows(dtype: torch.dtype, group: int) -> None:
+    counts = [6001, 17, 8192]
+    cache = ContiguousCache(3, 2, 8192, 64, dtype=dtype, device="cuda")
+    cache.append(*(torch.randn(3, 2, 8192, 64, device="cuda", dtype=dtype) for _ in range(2)), torch.tensor(counts))
+    q = torch.randn(3, 2 * group, 1, 64, device="cuda", dtype=dtype)
+    starts, (k, v) = [count - 1 for count in counts], cache.view()
+    exact, plain = (
+        decode_reference(q.to(to), k.to(to), v.to(to), counts, starts, mask=Causal(), scale=0.125)
+        for to in (torch.float64, dtype)
+    )
+    assert_as_accurate("out", decode(q, cache, mask=Causal(), backend="triton"), plain, exact)
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
 def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(kind: str) -> None:
     cache, q = filled(kind, [4000, 3000]), torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
