@@ -114,8 +114,9 @@ class Recording:
             self._launches.append(_Launch(run, arguments, pointers, tiles))
 
     def replay(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Make all launches for these tensors on the current device and stream; False, and none made, if it cannot."""
-        if not (self._whole and _aligned(tensors)):
+        """Make all launches for these tensors on the current device and stream; False, and none made, if it cannot, or
+        if there are none: what was done instead of them was not taken down."""
+        if not (self._whole and self._launches and _aligned(tensors)):
             return False
         for run, template, pointers, tiles in self._launches:
             arguments = template.copy()

@@ -75,3 +75,8 @@ def test_a_recording_keeps_no_tensor_alive() -> None:
     gone = weakref.ref(x)
     del x
     assert gone() is None and recording is not None
+
+
+def test_a_call_that_launched_nothing_is_not_made_again() -> None:
+    (x,) = drawn(1)
+    assert not Recording([x]).replay([x])

@@ -35,7 +35,7 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Sq, Dv]`, laid out in memory as q is, and logsumexp `[B, Hq, Sq]` in fp32."""
     out = empty_as(x.q, x.v.shape[-1])
     lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
-    tensors = (x.q, x.k, x.v, out, lse, x.sinks)
+    tensors = (x.q, x.k, x.v, out, lse, x.sinks, x.cu_q, x.cu_k)
     key = None if tiles is not None else _key(x)
     if key is not None:
         known = _RECORDED.get(key)
@@ -48,8 +48,8 @@ def forward(x: Arguments, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Arguments, out: Tensor, lse: Tensor, tiles: Tiles | None, recording: Recording | None) -> None:
     if x.cu_q is not None:  # rows past the last document belong to no program
-        clear_tail(out, x.cu_q)
-        clear_tail(lse, x.cu_q, -math.inf)
+        clear_tail(out, x.cu_q, recording=recording)
+        clear_tail(lse, x.cu_q, -math.inf, recording)
     if out.numel() == 0:
         return
     x = handed.with_plain_rows(x)
@@ -88,12 +88,16 @@ def backward(
     rows = lse.shape[2] if x.cu_q is None else lse.shape[2] + 4 * x.cu_q.shape[0]  # see `statistics_start`
     rows = -(-rows // 128) * 128  # padded, so that the copy engine takes them
     lse2, delta = (lse.new_empty(*lse.shape[:2], rows) for _ in range(2))  # rows of d_out times out, less d_lse
-    tensors = (x.q, x.k, x.v, out, d_out, lse, d_lse, lse2, delta, d_q, d_k, d_v)
+    if x.cu_q is not None:
+        delta.zero_()
+        lse2.fill_(math.inf)
+    written = (out, d_out, lse, d_lse, lse2, delta, d_q, d_k, d_v)
+    tensors = (x.q, x.k, x.v, *written, x.cu_q, x.cu_k)
     key = _key(x, out, d_out, d_lse)
     known = None if key is None else _RECORDED.get(key)
     if known is None or not known.replay(tensors):
         with _recorded(key, tensors) as recording:
-            _backward(x, *tensors[3:], recording)
+            _backward(x, *written, recording)
     rows = rows if x.cu_q is not None else lse.shape[2]
     return d_q, d_k, d_v, lse2[..., :rows], delta[..., :rows]
 
@@ -114,9 +118,7 @@ def _backward(
     if x.cu_q is not None:
         assert x.cu_k is not None
         for t, boundaries in ((d_q, x.cu_q), (d_k, x.cu_k), (d_v, x.cu_k)):
-            clear_tail(t, boundaries)
-        delta.zero_()
-        lse2.fill_(math.inf)
+            clear_tail(t, boundaries, recording=recording)
     if d_q.numel() == 0 or d_k.numel() == 0:
         for t in (d_q, d_k, d_v, delta):
             t.zero_()
@@ -224,17 +226,18 @@ _RECORDED: dict[tuple[Any, ...], Recording] = {}
 
 
 def _key(x: Arguments, *others: Tensor | None) -> tuple[Any, ...] | None:
-    """What the launches of a call depend on, with q, k, v, sinks and the `others` as its only tensors; None for calls
-    with more of them, or off the current GPU."""
+    """What the launches of a call depend on, with q, k, v, sinks, boundaries and the `others` as its only tensors; None
+    for calls with more of them, or off the current GPU."""
     if x.q.device.type != "cuda" or x.q.device.index != torch.cuda.current_device() or interpreted():
         return None
-    options = (x.bias, x.slopes, x.dense, x.key_lengths, x.cu_q, x.seed)
+    options = (x.bias, x.slopes, x.dense, x.key_lengths, x.seed)
     if any(t is not None for t in options) or not isinstance(x.mask, Full | Causal | SlidingWindow | Dilated):
         return None
-    tensors = (x.q, x.k, x.v, x.sinks, *others)
+    tensors = (x.q, x.k, x.v, x.sinks, x.cu_q, x.cu_k, *others)
     kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
     numbers = (x.mask.text, x.scale, x.softcap, x.dropout_p, precision(x.q.dtype), x.q.device.index)
-    return (*kinds, *numbers, len(others))
+    same = x.cu_q is not None and x.cu_k is not None and x.cu_q.data_ptr() == x.cu_k.data_ptr()
+    return (*kinds, *numbers, same, len(others))
 
 
 @contextmanager
@@ -248,7 +251,7 @@ def _recorded(key: tuple[Any, ...] | None, tensors: tuple[Tensor | None, ...]) -
         _RECORDED[key] = recording
 
 
-def clear_tail(t: Tensor, boundaries: Tensor, value: float = 0.0) -> None:
+def clear_tail(t: Tensor, boundaries: Tensor, value: float = 0.0, recording: Recording | None = None) -> None:
     """Write `value` into `[1, H, S, D]` or `[1, H, S]` past the last document; writing it everywhere before a call
     would take a few percent of the whole."""
     heads, length = t.shape[1:3]
@@ -257,4 +260,7 @@ def clear_tail(t: Tensor, boundaries: Tensor, value: float = 0.0) -> None:
         grid = (-(-length // rows), heads)
         arguments = (t, boundaries, boundaries.shape[0] - 1, length, t.stride(1), t.stride(2))
         known = {"DIM": dim, "ROWS": rows, "COLUMNS": 1 << (dim - 1).bit_length(), "VALUE": value}
-        _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
+        if recording is None:
+            _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
+        else:
+            _launcher(clear_tail_kernel).recorded(recording, grid, arguments, known, num_warps=4)
