@@ -109,3 +109,24 @@ def test_compiles_without_a_graph_break_on_a_gpu() -> None:
     for options in ({"mask": Causal()}, {"mask": Causal(), "cu_seqlens_q": cu}, {"mask": SlidingWindow(8)}):
         run = torch.compile(lambda q, k, v, o=options: ops.attention(q, k, v, **o), fullgraph=True)
         torch.testing.assert_close(run(*inputs), ops.attention(*inputs, **options), rtol=2e-2, atol=2e-2)
+
+
+def test_a_packed_call_that_is_made_again_reads_its_own_tensors_and_boundaries() -> None:
+    from attnzoo.ops.softmax.triton import launch
+
+    def step(ends: tuple[int, int]) -> list[Tensor]:
+        torch.manual_seed(ends[0])
+        inputs = [t.requires_grad_() for t in draw(6, 2, 300, 300, 64, 64, batch=1)]
+        cu = torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
+        options = {"mask": Causal(), "cu_seqlens_q": cu, "cu_seqlens_k": cu, "backend": "triton"}
+        out, lse = ops.attention(*inputs, **options, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out, inputs, torch.randn_like(out))]
+
+    wanted = []
+    for ends in ((100, 300), (31, 211)):
+        launch._RECORDED.clear()
+        wanted.append(step(ends))
+    launch._RECORDED.clear()
+    for ends, want in zip(((100, 300), (31, 211), (31, 211)), (*wanted, wanted[1]), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(step(ends), want, strict=True))
+    assert len(launch._RECORDED) == 2, "a forward and a backward of two documents"
