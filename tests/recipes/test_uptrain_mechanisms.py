@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes import build
-from recipes.models import load_model
+from recipes import build, export
+from recipes.models import load_model, load_tokenizer
 from recipes.run_folder import RunFolder
 from recipes.uptrain import uptrain
 from tests.support.recipes import Tiny
 
+LATENT = ("attention=mla", "attention.kv_lora_rank=8", "attention.qk_rope_head_dim=4")
 WITHOUT_ATTNZOO = """
 import sys
 class Blocker:
@@ -69,8 +70,7 @@ def assert_loads(tiny, made, folder, *, model_type, trust, tolerance=1e-5):
 @pytest.mark.parametrize("objective", ["mixture", "layers"])
 def test_latent_attention_trains_without_its_norm_and_ends_as_stock_deepseek(tiny, tmp_path, objective):
     made, found = run(
-        *(tiny, tmp_path / "run", "attention=mla", "attention.kv_lora_rank=8", "attention.qk_rope_head_dim=4"),
-        *(f"objective={objective}", "max_steps=12", "optimizer.lr=0.003"),
+        *(tiny, tmp_path / "run", *LATENT, f"objective={objective}", "max_steps=12", "optimizer.lr=0.003"),
     )
     start = load_file(made.converted / "model.safetensors")
     rows = start["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
@@ -160,3 +160,27 @@ def test_stored_probabilities_are_made_once_for_runs_with_other_seeds_and_batche
     assert len(loaded) == 1
     with pytest.raises(ValueError, match="k: 8 there, 4 now"):
         run(tiny, tmp_path / "third", *common, "objective.kl_topk.k=4")
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["rounding", "another function"])
+def test_logits_that_differ_by_rounding_alone_are_exported_and_others_are_not(tiny, tmp_path, monkeypatch, other):
+    made, _ = run(tiny, tmp_path / "run", *LATENT, "max_steps=1")
+    model = load_model({**tiny.config().model, "path": str(made.converted)})
+    exact, calls = export._logits, []
+
+    def rounded(one):
+        """In float32 each call errs by as much as all of the logits; in float64 only another function does."""
+        calls.append(one.dtype)
+        logits = exact(one)
+        return logits * len(calls) if other or one.dtype == torch.float32 else logits
+
+    monkeypatch.setattr(export, "_logits", rounded)
+    tokenizer = load_tokenizer({"path": str(tiny.model), "trust_remote_code": False})
+    if other:
+        with pytest.raises(export.ExportDiffers, match="its logits differ"):
+            export.export(model, tokenizer, tmp_path / "out", dtype="float32")
+        assert not (tmp_path / "out").exists()
+    else:
+        export.export(model, tokenizer, tmp_path / "out", dtype="float32")
+        assert (tmp_path / "out" / "config.json").is_file()
+    assert calls == [torch.float32] * 2 + [torch.float64] * 2
