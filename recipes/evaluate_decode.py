@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 
 from recipes.evaluate_speed import random_prompt, wait_for
 
+FIRST = 4  # tokens: of the prompt, of a step that runs, of one that is captured, of one that is replayed
+
 
 @torch.no_grad()
-def decode_speed(model: PreTrainedModel, *, batch: int, length: int, tokens: int = 32) -> float:
+def decode_speed(model: PreTrainedModel, *, batch: int, length: int, tokens: int = 64) -> float:
     """Tokens/s of all sequences together, each with `length` tokens in its cache, greedy, by attnzoo.hf.generate.
 
-    The time of the prompt is taken off: it is the difference of two calls, one of which writes a single token. On a GPU
-    weights and cache are bfloat16.
+    The prompt and the first tokens, with which steps are captured, are taken off: it is the difference of two calls. On
+    a GPU weights and cache are bfloat16.
 
     Raises:
         ValueError: for a model without attn_implementation="attnzoo".
@@ -37,6 +39,6 @@ def decode_speed(model: PreTrainedModel, *, batch: int, length: int, tokens: int
         return time.perf_counter() - start
 
     with torch.autocast(ids.device.type, enabled=False):
-        seconds(4)  # compiles and captures
-        taken = min(seconds(1 + tokens) for _ in range(2)) - min(seconds(1) for _ in range(2))
+        seconds(FIRST)  # compiles
+        taken = min(seconds(FIRST + tokens) for _ in range(2)) - min(seconds(FIRST) for _ in range(2))
     return batch * tokens / taken
