@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import attnzoo
 import attnzoo.hf
 from attnzoo import GQA, MLA, Linear
-from attnzoo.masks import SlidingWindow
+from attnzoo.masks import Causal, GlobalTokens, SlidingWindow
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -108,3 +108,14 @@ def test_compiled_pieces_change_no_token(prompt):
     model = model_of(GQA(num_kv_heads=2))
     want = attnzoo.hf.generate(model, *prompt, max_new_tokens=12, graph=True)
     assert torch.equal(attnzoo.hf.generate(model, *prompt, max_new_tokens=12, graph=True, fuse=True), want)
+
+
+def test_a_mask_with_first_tokens_is_made_inside_a_graph():
+    mask = SlidingWindow(2) | (GlobalTokens(2) & Causal())
+    i, j = torch.arange(8, device="cuda")[:, None], torch.arange(8, device="cuda")
+    want = mask.visible(i, j)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mask.visible(i, j)
+    graph.replay()
+    assert torch.equal(got, want) and not want.all()
