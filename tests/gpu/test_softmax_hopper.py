@@ -100,6 +100,29 @@ def test_which_calls_they_take(takes: bool, mask: Mask, changes: dict[str, Any])
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 2.0])  # all scores near nothing, some on both sides, most at the cap
+@pytest.mark.parametrize("mask", [Full(), Causal(), SlidingWindow(300)], ids=str)
+def test_a_softcap_is_as_accurate_on_both_of_its_ways(mask: Mask, scale: float, dim: int) -> None:
+    torch.manual_seed(0)
+    case = Case("softcap", (4, 2), (900, 900), (dim, dim), 1, mask, {"softcap": 6.0, "scale": scale})
+    assert_matches(case.draw(torch.bfloat16), case.settings())
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (40, 8), (96, 96)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_piece_is_worked_on_once_however_many_there_are(
+    packed: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnzoo.ops.softmax.triton import hopper_launch
+
+    monkeypatch.setattr(hopper_launch, "CACHE", 1 << 20)  # sections of a few heads, every second one backwards
+    torch.manual_seed(0)
+    options = {"cu_seqlens_q": torch.tensor([0, 700, 717, 1400, 1900])} if packed else {}
+    case = Case("many", heads, (2000, 2000), (128, 128), 1, Causal(), options)
+    assert_matches(case.draw(torch.bfloat16), case.settings(), trains=False)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_documents_do_not_see_nan_in_others_or_in_the_tail(softcap: float | None, dim: int) -> None:
     torch.manual_seed(0)

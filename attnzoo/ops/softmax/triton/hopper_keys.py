@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attnzoo.ops.softmax.triton.hopper_tiles import clear_rows
+
 UNSPECIALISED = ("heads", "group", "q_len", "k_len", "tiles_each", "window", "ahead")
 
 
@@ -264,13 +266,3 @@ def _step(
     acc_k, acc_v, p, ds = warpgroup_mma_wait(0, deps=[acc_k, acc_v, p, ds])
     mbarrier.arrive(empty.index(slot))
     return acc_k, acc_v
-
-
-@gluon.jit
-def clear_rows(place, rows, BLOCK: gl.constexpr, M: gl.constexpr):
-    """Zeros in a tile from `rows` on, which are another document's; each group does it, and writes the same."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    there = gl.arange(0, M, layout=gl.SliceLayout(1, wide)) < rows
-    values = place.load(wide)
-    place.store(gl.where(there[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()

@@ -95,7 +95,7 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
         "N": cut.keys,
         "STAGES": cut.stages,
         "CONSUMERS": cut.groups,
-        "TURNS": cut.turns or softcap is not None,  # twice the exponentials to hide
+        "TURNS": cut.turns,
         "BOUNDED": softcap is not None,
         "LEFT": pattern.left,
         "RIGHT": pattern.right,

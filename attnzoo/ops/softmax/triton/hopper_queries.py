@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attnzoo.ops.softmax.triton.hopper import LOG2E
-from attnzoo.ops.softmax.triton.hopper_keys import UNSPECIALISED, clear_rows
+from attnzoo.ops.softmax.triton.hopper_keys import UNSPECIALISED
+from attnzoo.ops.softmax.triton.hopper_tiles import clear_rows
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
