@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
 from attnzoo import ops
@@ -65,6 +67,17 @@ def time_ms(run: Callable[[], Any]) -> float:
     return do_bench(run, warmup=20, rep=80, return_mode="median")
 
 
+def kernel_ms(run: Callable[[], Any], repeats: int = 10) -> float:
+    """What the GPU's kernels take alone: where that is less than `time_ms`, the host is the slower one."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return sum(e.device_time for e in profiler.events() if e.device_type == DeviceType.CUDA) / repeats / 1e3
+
+
 def limits() -> dict[str, Any]:
     """The bandwidth of a large copy, read and written."""
     source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
@@ -105,14 +118,28 @@ def chunks(batch: int, length: int, heads: int, dim: int, copy: float) -> Iterat
         grads = torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
         if "attnzoo" in name:
             row["error"] = worst_error(name, (q, k, v), d_out, (out, *grads))
-        with torch.no_grad():
-            row["forward_ms"] = time_ms(lambda run=run: run(q, k, v))
-        row["backward_ms"] = time_ms(
-            lambda out=out: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)  # type: ignore[misc]
-        )
+        row |= both_ways(lambda run=run: run(q, k, v), out, (q, k, v), d_out)
         row["forward_of_copy"] = 4 * tensor_bytes / row["forward_ms"] / 1e6 / copy
         row["backward_of_copy"] = 8 * tensor_bytes / row["backward_ms"] / 1e6 / copy
         yield row
+
+
+def both_ways(
+    forward: Callable[[], Tensor], out: Tensor, inputs: tuple[Tensor, ...], d_out: Tensor, *, kernels: bool = True
+) -> dict[str, float]:
+    """Times of a forward without a graph and of a backward, and of their kernels alone."""
+
+    def run() -> None:
+        with torch.no_grad():
+            forward()
+
+    def back() -> None:
+        torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+
+    times = {"forward_ms": time_ms(run), "backward_ms": time_ms(back)}
+    if not kernels:
+        return times
+    return times | {"forward_kernels_ms": kernel_ms(run), "backward_kernels_ms": kernel_ms(back)}
 
 
 def worst_error(name: str, inputs: tuple[Tensor, ...], d_out: Tensor, got: tuple[Tensor, ...]) -> float:
@@ -155,11 +182,8 @@ def hybrid(batch: int, length: int, heads: int, dim: int, window: int) -> Iterat
             out = ops.hybrid_attention(q, k, v, window=window, backend=backend)
             grads = torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
             row["error"] = hybrid_error((q, k, v), d_out, (out, *grads), window)
-            with torch.no_grad():
-                row["forward_ms"] = time_ms(lambda b=backend: ops.hybrid_attention(q, k, v, window=window, backend=b))
-            row["backward_ms"] = time_ms(
-                lambda out=out: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)  # type: ignore[misc]
-            )
+            forward = lambda b=backend: ops.hybrid_attention(q, k, v, window=window, backend=b)  # noqa: E731
+            row |= both_ways(forward, out, (q, k, v), d_out, kernels=backend == "triton")
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
         yield row

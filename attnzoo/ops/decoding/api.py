@@ -13,6 +13,7 @@ from attnzoo.ops.decoding import attend, reference, triton
 from attnzoo.ops.decoding.common import Call, KeyValues, check_last
 from attnzoo.ops.decoding.reach import check_reach
 from attnzoo.ops.decoding.stored import Stored, stored
+from attnzoo.ops.explaining import explanation
 
 _BACKENDS: dict[str, ModuleType] = {"triton": triton, "attention": attend, "reference": reference}  # fastest first
 _FULL = Full()
@@ -76,17 +77,12 @@ def explain_decode(
 
 def explained(backends: dict[str, ModuleType], call: Any, device: torch.device) -> str:
     """A line for each backend: that it runs, or why not."""
+
+    def could(name: str) -> str:
+        return "could run, is slower" if device.type == "cuda" or name != "triton" else "interpreted, if asked for"
+
     chosen = choose(backends, call, device, "auto")
-    lines = []
-    for name, module in backends.items():
-        if module is chosen:
-            lines.append(f"{name}: runs")
-        elif name == "reference":
-            lines.append(f"{name}: reads lengths back from the device, runs only when asked for")
-        else:
-            could = "could run, is slower" if device.type == "cuda" or name != "triton" else "interpreted, if asked for"
-            lines.append(f"{name}: {'; '.join(module.reasons(call)) or could}")
-    return "\n".join(lines)
+    return explanation(backends, call, chosen, reference="reads lengths back from the device", could=could)
 
 
 def choose(backends: dict[str, ModuleType], call: Any, device: torch.device, backend: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from attnzoo.ops.explaining import explanation
 from attnzoo.ops.launching import interpreted
 from attnzoo.ops.linear import chunked, recurrent, reference, triton
 from attnzoo.ops.linear.checks import check_boundaries, check_decay, check_dtypes, check_map, check_state, check_tensors
@@ -156,15 +157,8 @@ def explain_linear(
     """Which backend `linear_attention` would run for this call, and why each other one would not; a line each."""
     call = _call(q, k, v, feature_map, normalize, causal, log_decay, scale, key_lengths, cu_seqlens, initial_state)
     chosen = _choose(call, "auto")
-    lines = []
-    for name, module in _BACKENDS.items():
-        if module is chosen:
-            lines.append(f"{name}: runs")
-        elif module is reference:
-            lines.append(f"{name}: quadratic in memory, runs only when asked for")
-        else:
-            lines.append(f"{name}: " + ("; ".join(module.reasons(call)) or "could run, is slower"))
-    return "\n".join(lines)
+    slower = "could run, is slower"
+    return explanation(_BACKENDS, call, chosen, reference="quadratic in memory", could=lambda name: slower)
 
 
 def _choose(call: Call, backend: str) -> ModuleType:

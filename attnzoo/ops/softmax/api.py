@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import Mask
+from attnzoo.ops.explaining import explanation
 from attnzoo.ops.softmax import choice, plans
 from attnzoo.ops.softmax.backends import BACKENDS, choose
 from attnzoo.ops.softmax.checks import checked_call
@@ -129,13 +130,8 @@ def explain(
     call = checked_call(q, k, v, mask, scale, softcap, *options)
     names, source = choice.order(call)
     chosen = choose(call, "auto")
-    lines = []
-    for name, module in BACKENDS.items():
-        if module is chosen:
-            lines.append(f"{name}: runs ({source})")
-        elif name == "reference":
-            lines.append(f"{name}: quadratic in memory, runs only when asked for")
-        else:
-            why = module.reasons(call) or ["could run, is slower" if name in names else "could run, if asked for"]
-            lines.append(f"{name}: {'; '.join(why)}")
-    return "\n".join(lines)
+
+    def could(name: str) -> str:
+        return "could run, is slower" if name in names else "could run, if asked for"
+
+    return explanation(BACKENDS, call, chosen, reference="quadratic in memory", could=could, runs=f"runs ({source})")
