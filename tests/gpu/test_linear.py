@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo import ops
 from attnzoo.ops.linear import State
+from attnzoo.ops.linear.triton import hopper_launch
 from tests.support.compare import assert_as_accurate
 
 pytestmark = [
@@ -31,7 +32,8 @@ def plain(q, k, v) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 2, 1031, 64, 64), (4, 2, 2048, 128, 128), (2, 1, 333, 32, 96), (1, 1, 300, 256, 256)]
+    "shape",
+    [(2, 2, 1031, 64, 64), (2, 2, 1024, 64, 64), (4, 2, 2048, 128, 128), (2, 1, 333, 32, 96), (1, 1, 300, 256, 256)],
 )
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_error_is_at_most_twice_that_of_plain_pytorch(shape, dtype, shift) -> None:
@@ -58,6 +60,28 @@ def test_error_holds_at_16k_tokens(dim) -> None:
     grads = [torch.autograd.grad(o, i, upstream.to(o.dtype)) for o, i in ((got, inputs), (simple, own), (truth, exact))]
     for name, *one in zip(("dq", "dk", "dv"), *grads, strict=True):
         assert_as_accurate(name, *one)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="is for Hopper")
+@pytest.mark.parametrize(
+    "options", [{}, {"feature_map": "relu"}, {"feature_map": "identity", "normalize": False}], ids=str
+)
+@pytest.mark.parametrize(("heads", "length"), [((4, 2), 4096), ((64, 64), 192)])
+def test_the_kernel_for_hopper_gives_what_the_one_for_all_gpus_gives(monkeypatch, options, heads, length) -> None:
+    q, k, v = (t.detach() for t in draw(*heads, length, 64, 64, batch=2))
+    state = State(torch.rand(2, heads[1], 64, 64, device="cuda"), torch.rand(2, heads[1], 64, device="cuda") + 1)
+    if not options.get("normalize", True):
+        state = State(state.s, None)
+    calls = []
+    run = hopper_launch.attend
+    monkeypatch.setattr(hopper_launch, "attend", lambda *a: (calls.append(1), run(*a)))
+    got = ops.linear_attention(q, k, v, **options, initial_state=state, return_state=True)
+    assert calls
+    monkeypatch.setattr(hopper_launch, "takes", lambda *a, **b: False)
+    want = ops.linear_attention(q, k, v, **options, initial_state=state, return_state=True)
+    for mine, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+        if theirs is not None:
+            assert (mine.float() - theirs.float()).norm() <= 0.004 * theirs.float().norm()
 
 
 def test_auto_takes_the_kernels_and_steps() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from attnzoo.ops.launching import Build, Builds
+from attnzoo.ops.linear.triton.hopper_launch import OPTIONS
 from attnzoo.ops.linear.triton.launch import constants, state_constants
 from attnzoo.ops.linear.triton.near import near_constants
-from attnzoo.ops.linear.triton.shapes import configure
+from attnzoo.ops.linear.triton.shapes import configure, near_tiles
 
 _STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "inverses", "dots", "d_s0", "d_z0", "d_s1", "d_z1", "s", "z")
 _FLOATS = ("top", "row_sums", "gain", "log_decay", "weights", "near_weights")
@@ -29,6 +30,7 @@ def builds() -> Builds:
         yield from list(_walks(dim, dtype, "elu", True, absent=_PACKED))[1::2]
     yield from _hybrid(64, bf16)
     yield from _hybrid(128, bf16)
+    yield _hopper()
     config = configure(128, 128, bf16, bf16)
     from attnzoo.ops.linear.triton.kernels_step import step_token, step_tokens
     from attnzoo.ops.linear.triton.kernels_sums import join_parts
@@ -71,8 +73,9 @@ def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
     from attnzoo.ops.linear.triton.kernels_near import near_attend
 
     config = configure(dim, dim, dtype, dtype)
-    options = near_constants(config, dim, GROUP=1, ADD=True) | {"NORMALIZE": True}
-    for kernel in (near_attend, near_backward.near_grad_queries, near_backward.near_grad_keys):
+    kernels = (near_attend, near_backward.near_grad_queries, near_backward.near_grad_keys)
+    for kernel, near in zip(kernels, near_tiles(config), strict=True):
+        options = near_constants(config, near, dim, GROUP=1, ADD=True) | {"NORMALIZE": True}
         yield _build(kernel, options, dtype, ("lengths", "cu_seqlens", "table"))
     for kernel, tiles, by_features in (
         (attend, config.attend, False),
@@ -84,6 +87,18 @@ def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
         options = constants(config, tiles, True, "elu", by_features=by_features, **more)
         build = _build(kernel, options, dtype, (*_ROWS, "s1", "z1"))
         yield build._replace(name=f"{build.name} late")
+
+
+def _hopper() -> Build:
+    """The kernel for Hopper GPUs."""
+    from attnzoo.ops.linear.triton.hopper import hopper_attend
+
+    fixed: dict[str, Any] = {"NORMALIZE": True, "MAP": "elu", "s0": None, "z0": None, **OPTIONS}
+    swizzled = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    known = dict.fromkeys(_STATES, "*fp32") | {"scale": "fp32"}
+    known |= {f"{name}_tiles": f"tensordesc<bf16[1, 1, 64, 64],{swizzled}>" for name in ("q", "k", "v", "out")}
+    signature = {name: "constexpr" if name in fixed else known.get(name, "i32") for name in hopper_attend.arg_names}
+    return Build("hopper_attend 64 bfloat16", hopper_attend, signature, fixed, least=90, most=90)
 
 
 def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tuple[str, ...]) -> Build:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.ops.linear.triton import hopper_launch
 from attnzoo.ops.linear.triton.launch import (
     blocks,
     constants,
@@ -86,6 +87,10 @@ def read_out(
     length, group, tiles = q.shape[2], q.shape[1] // k.shape[1], config.attend
     alike = q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2)
     full = is_full(length, config, lengths, cu_seqlens)
+    plain = log_decay is None and lag is None
+    if plain and hopper_launch.takes(q, k, v, out, config, causal=causal, full=full):
+        hopper_launch.attend(q, k, v, out, inverses, before, last, feature_map, normalize, scale, parts)
+        return
     more: dict[str, Any] = {
         "CAUSAL": causal,
         "GROUP": group,

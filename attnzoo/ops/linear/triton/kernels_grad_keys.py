@@ -18,6 +18,7 @@ from attnzoo.ops.linear.triton.weights import (
     decay_since,
     decay_until,
     load_inverse,
+    long_product,
     mask_weights,
     narrow_rows,
     real_tokens,
@@ -98,7 +99,7 @@ def grad_keys(
         first = here.start + (chunks - 1 - step // GROUP) * CHUNK
         values = load_tile(v, v_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
         if step % GROUP == 0:  # the chunk's keys meet the queries after it
-            d_features = tl.dot(s.to(COMPUTE), tl.trans(values), input_precision=PRECISION)
+            d_features = long_product(s.to(COMPUTE), tl.trans(values), PRECISION)
             if NORMALIZE:
                 d_features += tl.sum(z, 1)[:, None]
             if log_decay is not None:
@@ -121,7 +122,7 @@ def grad_keys(
             upstream = load_tile(given, do_s, target, begin, end, DV, CHUNK, BV, BV == DV, all_real).to(COMPUTE)
             inverse = load_inverse(inverses + at, target, begin, end, scale, NORMALIZE, CHUNK, all_real)
             columns = tl.trans((queries * inverse[:, None]).to(COMPUTE))  # [BD, queries]
-            d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
+            d_weights = long_product(upstream, tl.trans(values), PRECISION)  # [queries, keys]
             if NORMALIZE:
                 found = load_tokens(dots + at, target, begin, end, CHUNK, all_real)
                 d_weights -= found[:, None]

@@ -19,6 +19,7 @@ from attnzoo.ops.linear.triton.weights import (
     decay_until,
     find_dots,
     load_inverse,
+    long_product,
     mask_weights,
     narrow_rows,
     real_tokens,
@@ -109,7 +110,7 @@ def grad_queries(
     for first in range(here.start, tl.minimum(here.start + part, here.stop), CHUNK):
         upstream = load_tile(d_out, do_s, first, begin, end, DV, CHUNK, BV, BV == DV, FULL).to(COMPUTE)
         inverse = load_inverse(inverses, first, begin, end, scale, NORMALIZE, CHUNK, FULL)
-        d_features = tl.dot(s.to(COMPUTE), tl.trans(upstream), input_precision=PRECISION)  # [BD, CHUNK]
+        d_features = long_product(s.to(COMPUTE), tl.trans(upstream), PRECISION)  # [BD, CHUNK]
         if NORMALIZE:
             if out is not None:
                 found = find_dots(
@@ -129,7 +130,7 @@ def grad_queries(
                 k, k_s, source, begin, end, D - d0, CHUNK, BD, D % BD == 0, all_real, MAP, COMPUTE, lag is not None
             )
             values = load_tile(v, v_s, source, begin, end, DV, CHUNK, BV, BV == DV, all_real).to(COMPUTE)
-            d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)  # [queries, keys]
+            d_weights = long_product(upstream, tl.trans(values), PRECISION)  # [queries, keys]
             if NORMALIZE:
                 d_weights -= found[:, None]
             d_weights = mask_weights(d_weights, rate, False, CHUNK).to(COMPUTE)

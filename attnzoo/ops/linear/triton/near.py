@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from attnzoo.ops.linear.triton.launch import compute_type, launch, strides
-from attnzoo.ops.linear.triton.shapes import Config, divide, near_tiles, power_of_two
+from attnzoo.ops.linear.triton.shapes import Config, NearTiles, divide, near_tiles, power_of_two
 
 
 class Near(NamedTuple):
@@ -28,7 +28,8 @@ class Near(NamedTuple):
         from attnzoo.ops.linear.triton.kernels_near import near_attend
 
         q, k, v = self.q, self.k, self.v
-        self._launch(near_attend, q.shape[1], (q, k, v, self.gain, out, weights, top, arg), (q, k, v, out))
+        tiles, _, _ = near_tiles(self.config)
+        self._launch(near_attend, tiles, q.shape[1], (q, k, v, self.gain, out, weights, top, arg), (q, k, v, out))
 
     def differentiate(
         self,
@@ -46,23 +47,29 @@ class Near(NamedTuple):
 
         q, k, v = self.q, self.k, self.v
         (d_q, d_k, d_v), given = gradients, (q, k, v, d_out, self.gain, inverses, dots, top, arg, row_sums)
-        self._launch(near_grad_queries, q.shape[1], (*given, d_q), (q, k, v, d_out, d_q), ADD=add[0])
-        self._launch(near_grad_keys, k.shape[1], (*given, d_k, d_v), (q, k, v, d_out, d_k, d_v), ADD=add[1])
+        _, by_queries, by_keys = near_tiles(self.config)
+        self._launch(near_grad_queries, by_queries, q.shape[1], (*given, d_q), (q, k, v, d_out, d_q), ADD=add[0])
+        self._launch(near_grad_keys, by_keys, k.shape[1], (*given, d_k, d_v), (q, k, v, d_out, d_k, d_v), ADD=add[1])
 
     def _launch(
-        self, kernel: Any, heads: int, arguments: tuple[Tensor, ...], strided: tuple[Tensor, ...], **more: Any
+        self,
+        kernel: Any,
+        tiles: NearTiles,
+        heads: int,
+        arguments: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        **more: Any,
     ) -> None:
         length = self.q.shape[2]
-        parts = divide(self.q.shape[0], length, near_tiles(self.config).rows, self.cu_seqlens)
+        parts = divide(self.q.shape[0], length, tiles.rows, self.cu_seqlens)
         where = (self.lengths, self.cu_seqlens, parts.table)
         sizes = (length, parts.parts, parts.part, self.window, self.scale)
-        options = near_constants(self.config, self.q.shape[3], GROUP=self.q.shape[1] // self.k.shape[1], **more)
+        options = near_constants(self.config, tiles, self.q.shape[3], GROUP=self.q.shape[1] // self.k.shape[1], **more)
         launch(kernel, (parts.programs, heads), *arguments, *where, *strides(*strided), *sizes, **options)
 
 
-def near_constants(config: Config, dim: int, **more: Any) -> dict[str, Any]:
+def near_constants(config: Config, tiles: NearTiles, dim: int, **more: Any) -> dict[str, Any]:
     """Constants and launch options for keys of `dim`."""
-    tiles = near_tiles(config)
     return more | {
         "D": dim,
         "DV": config.v_dim,

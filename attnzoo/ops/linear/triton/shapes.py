@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 
 
 class NearTiles(NamedTuple):
-    """The configuration of the kernels of the hybrid's window."""
+    """The configuration of one of the kernels of the hybrid's window."""
 
     rows: int  # tokens of a program
     columns: int  # of the other side, looked at together
@@ -110,12 +110,14 @@ def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     return (Tiles(64, 64, 8, 1),) * 6, 1
 
 
-def near_tiles(config: Config) -> NearTiles:
-    """Tiles of the kernels of the hybrid's window, which hold all columns."""
-    chunk = config.attend.chunk
+def near_tiles(config: Config) -> tuple[NearTiles, NearTiles, NearTiles]:
+    """Tiles of the kernels of the hybrid's window, which hold all columns: outputs, queries' and keys' gradients."""
     if config.compute != torch.bfloat16:
-        return NearTiles(chunk, chunk, 4, 1)
-    return NearTiles(64, 64, 4, 2)
+        chunk = config.attend.chunk
+        return (NearTiles(chunk, chunk, 4, 1),) * 3
+    if max(config.dim, config.v_dim) <= 64:
+        return NearTiles(64, 32, 4, 1), NearTiles(64, 32, 4, 2), NearTiles(64, 64, 4, 1)
+    return NearTiles(64, 32, 4, 1), NearTiles(64, 64, 4, 2), NearTiles(64, 32, 4, 1)
 
 
 def is_full(length: int, config: Config, lengths: Tensor | None, cu_seqlens: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ from attnzoo.ops.linear.triton.tiles import load_tile, load_tokens, row_mask
 
 # Rows of the tile in which the normaliser's sums stand: as many as a matrix product needs at least.
 NARROW = tl.constexpr(16)
+# Terms of a sum that are added one after another.
+PIECE = tl.constexpr(32)
 
 
 @triton.jit
@@ -50,6 +52,22 @@ def load_inverse(inverses, first, low, high, scale, NORMALIZE: tl.constexpr, CHU
 
 
 @triton.jit
+def long_product(a, b, PRECISION: tl.constexpr):
+    """a [M, K] times b [K, N]. In fp32 without tensor cores, where a sum that is made term after term loses digits that
+    plain PyTorch keeps, it is made of sums of PIECE terms."""
+    M: tl.constexpr = a.shape[0]
+    K: tl.constexpr = a.shape[1]
+    N: tl.constexpr = b.shape[1]
+    if a.dtype == tl.float32 and PRECISION != "tf32" and K > PIECE:
+        left = tl.permute(tl.reshape(a, [M, K // PIECE, PIECE]), [1, 0, 2])
+        right = tl.reshape(b, [K // PIECE, PIECE, N])
+        product = tl.sum(tl.dot(left, right, input_precision=PRECISION), 0)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def find_dots(
     upstream,
     out,
@@ -72,7 +90,7 @@ def find_dots(
     """
     o = load_tile(out, o_s, first, low, high, width, CHUNK, BV, EVEN, FULL)
     if upstream.dtype == tl.float32 and PRECISION != "tf32":
-        products = tl.dot(upstream, tl.trans(o.to(tl.float32)), input_precision=PRECISION)
+        products = long_product(upstream, tl.trans(o.to(tl.float32)), PRECISION)
         row = tl.arange(0, CHUNK)
         found = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
     else:
