@@ -11,16 +11,15 @@ u_ij = g e^(s_ij - c_i) (do_i . v_j - do_i . out_i) / t_i, and takes the sum of 
 import triton
 import triton.language as tl
 
-from attnzoo.ops.linear.triton.tiles import head_base, load_tile, locate, store_tile, store_tokens
+from attnzoo.ops.linear.triton.tiles import head_base, load_tile, locate, row_mask, store_tile, store_tokens
 from attnzoo.ops.linear.triton.weights import inverse_or_zero
 
 
 @triton.jit
-def seen_near(query, key, window, end, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def seen_near(query, key, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """[QUERIES, KEYS]: which keys from `key` on the queries from `query` on see in their window."""
-    queries = query + tl.arange(0, QUERIES)[:, None]
-    keys = key + tl.arange(0, KEYS)[None, :]
-    return (queries >= keys) & (queries - keys < window) & (keys < end) & (queries < end)
+    age = (query + tl.arange(0, QUERIES))[:, None] - (key + tl.arange(0, KEYS))[None, :]
+    return age.to(tl.uint32, bitcast=True) < window  # below 0 it is a large number
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def near_attend(
         keys = load_tile(k, k_s, other, begin, end, D, COLUMNS, BD, BD == D, False).to(COMPUTE)
         values = load_tile(v, v_s, other, begin, end, DV, COLUMNS, BV, BV == DV, False).to(COMPUTE)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        scores = tl.where(seen_near(first, other, window, end, ROWS, COLUMNS), scores, -float("inf"))
+        scores = tl.where(seen_near(first, other, window, ROWS, COLUMNS), scores, -float("inf"))
         largest = tl.max(scores, 1)
         which = tl.min(tl.where(scores == largest[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS), 1)
         holder = tl.where(largest > best, other + which, holder)
@@ -94,6 +93,7 @@ def near_attend(
         near = tl.dot(p.to(COMPUTE), values, near * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(p, 1)
         best = highest
+    total = tl.where(row_mask(first, begin, end, ROWS), total, 0.0)
     near = near * inverse_or_zero(total)[:, None]
     stop = tl.minimum(first + part, here.stop)
     given = head_base(out, row, q_head, o_b, o_h)

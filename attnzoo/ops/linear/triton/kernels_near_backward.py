@@ -87,8 +87,8 @@ def near_grad_queries(
         keys = load_tile(k, k_s, other, begin, end, D, COLUMNS, BD, BD == D, False).to(COMPUTE)
         values = load_tile(v, v_s, other, begin, end, DV, COLUMNS, BV, BV == DV, False).to(COMPUTE)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        seen = seen_near(first, other, window, end, ROWS, COLUMNS)
-        p = tl.where(seen, tl.exp2(tl.where(seen, scores - base[:, None], 0.0)), 0.0) * inverse[:, None]
+        seen = seen_near(first, other, window, ROWS, COLUMNS)
+        p = tl.exp2(tl.where(seen, scores - base[:, None], -float("inf"))) * inverse[:, None]
         d_scores = p * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - found[:, None])
         taken += tl.sum(d_scores, 1)
         d_near = tl.dot(d_scores.to(COMPUTE), keys, d_near, input_precision=PRECISION)
@@ -185,8 +185,8 @@ def near_grad_keys(
             real = row_mask(other, begin, end, COLUMNS)
             holder = tl.load(arg + at + other + tl.arange(0, COLUMNS), mask=real, other=-1)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            seen = tl.trans(seen_near(other, first, window, end, COLUMNS, ROWS))
-            p = tl.where(seen, tl.exp2(tl.where(seen, scores - base[None, :], 0.0)), 0.0) * inverse[None, :]
+            seen = tl.trans(seen_near(other, first, window, COLUMNS, ROWS))
+            p = tl.exp2(tl.where(seen, scores - base[None, :], -float("inf"))) * inverse[None, :]
             d_values = tl.dot(p.to(COMPUTE), upstream, d_values, input_precision=PRECISION)
             d_scores = p * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - found[None, :])
             chosen = (first + tl.arange(0, ROWS))[:, None] == holder[None, :]
