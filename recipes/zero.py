@@ -150,7 +150,8 @@ class Zero(DeepSpeedStrategy):
         [saved] = checkpoint["optimizer_states"]
         for flat in self._zero.single_partition_of_fp32_groups:
             state = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self._zero.optimizer.state[flat] = {"step": saved["state"][0]["step"].clone(), **state}
+            step = saved["state"][0]["step"].to(flat.device, copy=True)  # where the fused AdamW wants it
+            self._zero.optimizer.state[flat] = {"step": step, **state}
         for index, weight in enumerate(self._parameters):
             for key in MOMENTS:
                 self._keep_part(weight, saved["state"][index][key], key)
