@@ -2,11 +2,11 @@
 
     python scripts/bench_decoding.py [--only bf16 int8 paged window queries latent] [--out results.json] [--commit HASH]
 
-Each case is timed twice. `ms`: the median of single calls, each after a write that empties the L2 cache (which has to be
-written back while the call runs: about 10 us on an H200 that no call escapes) and after a wait on the device, in which
-the host makes the call: what it needs is `host_ms`. `graph_ms`: calls in a CUDA graph that go around several sets of
-inputs, together four times the L2 cache. The limit is a large copy, measured beside them. A result counts only if it is
-right: each is compared with plain PyTorch in fp32.
+Each case is timed twice. `ms`: the median of single calls, each after a write that empties the L2 cache (which has to
+be written back while the call runs: about 10 us on an H200 that no call escapes) and after a wait on the device, in
+which the host makes the call: what the host needs is `host_ms`. `graph_ms`: calls in a CUDA graph that go around
+several sets of inputs, together four times the L2 cache. The limit is a large copy, measured beside them. A result
+counts only if it is right: each is compared with plain PyTorch in fp32.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ def main() -> None:
 def describe(row: dict[str, Any]) -> str:
     ratios = "".join(f" {name} {row[name]:.3f}" for name in ("of_peer", "of_own") if name in row)
     extra = f" {row['tflops']:4.0f} TF/s" if "tflops" in row else ""
-    return (
-        f"{row['case']:34s} {row['name']:18s} {row['ms'] * 1e3:8.1f} us, in a graph {row['graph_ms'] * 1e3:8.1f} us "
-        f"host {row['host_ms'] * 1e3:4.0f} us {row['gbs']:5.0f} GB/s {row['of_copy']:.2f} of copy{extra}{ratios} error {row['error']:.1e}"
-    )
+    times = f"{row['ms'] * 1e3:8.1f} us, in a graph {row['graph_ms'] * 1e3:8.1f} us, host {row['host_ms'] * 1e3:4.0f} us"
+    rates = f"{row['gbs']:5.0f} GB/s {row['of_copy']:.2f} of copy{extra}{ratios}"
+    return f"{row['case']:34s} {row['name']:18s} {times} {rates} error {row['error']:.1e}"
 
 
 def bf16() -> Iterator[dict[str, Any]]:
@@ -244,7 +243,7 @@ def compared(row: dict[str, Any], peers: list[dict[str, Any]], name: str) -> dic
 
 
 def single_time(run: Run, calls: int = 50) -> tuple[float, float]:
-    """Median milliseconds of single calls on the device, its L2 cache full of what was written last, and on the host."""
+    """Median milliseconds of single calls, the L2 cache full of what was written last: on the device, on the host."""
     filler = torch.empty(2**28, device="cuda", dtype=torch.uint8)
     events, host = [], []
     for _ in range(calls + 5):
