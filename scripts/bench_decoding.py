@@ -68,7 +68,7 @@ def main() -> None:
 def describe(row: dict[str, Any]) -> str:
     ratios = "".join(f" {name} {row[name]:.3f}" for name in ("of_peer", "of_own") if name in row)
     extra = f" {row['tflops']:4.0f} TF/s" if "tflops" in row else ""
-    times = f"{row['ms'] * 1e3:8.1f} us, in a graph {row['graph_ms'] * 1e3:8.1f} us, host {row['host_ms'] * 1e3:4.0f} us"
+    times = f"{row['ms'] * 1e3:8.1f} us, graph {row['graph_ms'] * 1e3:8.1f} us, host {row['host_ms'] * 1e3:4.0f} us"
     rates = f"{row['gbs']:5.0f} GB/s {row['of_copy']:.2f} of copy{extra}{ratios}"
     return f"{row['case']:34s} {row['name']:18s} {times} {rates} error {row['error']:.1e}"
 
