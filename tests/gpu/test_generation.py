@@ -10,6 +10,7 @@ import attnzoo
 import attnzoo.hf
 from attnzoo import GQA, MLA, Linear
 from attnzoo.masks import Causal, GlobalTokens, SlidingWindow
+from tests.hf.test_generation import Heard
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -68,6 +69,12 @@ def test_a_graph_a_token_gives_the_tokens_of_plain_steps(prompt, name):
     else:
         assert torch.equal(plain, want)
         assert torch.equal(got, want)
+
+
+def test_a_streamer_hears_the_tokens_of_captured_steps(prompt):
+    heard = Heard()
+    out = attnzoo.hf.generate(model_of(GQA(num_kv_heads=2)), *prompt, graph=True, max_new_tokens=20, streamer=heard)
+    assert heard.ended and torch.equal(torch.stack(heard.parts[1:], dim=1), out[:, 80:].cpu())
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["given a cache", "by itself"])

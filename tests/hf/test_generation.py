@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 import attnzoo
 from attnzoo import GQA, MLA, Linear
@@ -309,3 +310,28 @@ def test_patterns_that_count_positions_count_real_tokens(build, prompt):
     assert torch.equal(greedy(model, *prompt, past_key_values=cache_of(model)), want)
     got, *_ = stepped(model, prompt, "contiguous", steps=NEW - 1)
     assert torch.equal(torch.stack(got, dim=1), want[:, 12:])
+
+
+class Heard(BaseStreamer):
+    """What a streamer is told."""
+
+    def __init__(self) -> None:
+        self.parts, self.ended = list[Tensor](), False
+
+    def put(self, value: Tensor) -> None:
+        assert not self.ended
+        self.parts.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_hears_the_prompt_and_every_token_as_it_is_chosen(build, prompt):
+    ids, mask = prompt
+    model, heard = attnzoo.swap(build("llama"), GQA(num_kv_heads=2)), Heard()
+    out = attnzoo.hf.generate(model, ids, mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, streamer=heard)
+    assert heard.ended and torch.equal(heard.parts[0], ids)
+    assert torch.equal(torch.stack(heard.parts[1:], dim=1), out[:, ids.shape[1] :])
+    end, heard = int(out[1, -3]), Heard()
+    out = attnzoo.hf.generate(model, ids[1:2], mask[1:2], max_new_tokens=NEW, eos_token_id=end, streamer=heard)
+    assert heard.ended and heard.parts[-1].item() == end and len(heard.parts) - 1 == out.shape[1] - ids.shape[1]

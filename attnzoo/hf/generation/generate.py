@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from attnzoo.hf.generation.build import Kind, cache_for
 from attnzoo.hf.generation.cache import HeldCache
@@ -26,6 +27,7 @@ def generate(
     cache: Kind | HeldCache = "rolling",
     graph: bool | None = None,
     fuse: bool = False,
+    streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> Tensor:
     """Greedy decoding or sampling, as `model.generate` without beams; the choice of the next token is in the graph too.
@@ -41,6 +43,8 @@ def generate(
             default is the fastest that rounds nothing: windows alone where layers have one, everything elsewhere.
         graph: whether steps are captured; None: if that is possible. Without, each step launches what it needs.
         fuse: also compile norms, MLPs and rotations into one kernel each (`torch.compile`, some seconds at first use).
+        streamer: of transformers; gets the prompt, then each step's tokens `[B]` as they are chosen. Every step then
+            waits for the GPU.
         options: of the model's generation config: max_new_tokens or max_length, do_sample, temperature, top_k, top_p,
             min_p, eos_token_id, pad_token_id.
 
@@ -73,6 +77,9 @@ def generate(
     written = Written(input_ids, count, config.eos_token_id, config.pad_token_id)
     logits = _prompt(model, input_ids, attention_mask, cache)
     first = written.put(choose(logits))
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+        streamer.put(first.cpu())
     why = "there is no GPU" if not input_ids.is_cuda else refusal(model, cache)
     if graph and why is not None:
         raise ValueError(f"graph is True, and steps cannot be captured: {why}")
@@ -80,11 +87,13 @@ def generate(
         step = Step(model, cache, choose=lambda logits: written.put(choose(logits)), fuse=fuse)
         step.tokens.copy_(first[:, None])
         for done in range(1, count):
-            if written.ends and done % _LOOK_EVERY == 0 and written.all_ended():
+            if written.ends and (done % _LOOK_EVERY == 0 or streamer is not None) and written.all_ended():
                 break
             step()
+            if streamer is not None:
+                streamer.put(written.tokens[:, done].cpu())
         step.leave()
-        return written.result()
+        return _ended(streamer, written)
     tokens = first
     positions = torch.tensor(cache.row_lengths(), device=input_ids.device)
     for _ in range(1, count):
@@ -93,7 +102,9 @@ def generate(
         out = model(input_ids=tokens[:, None], position_ids=positions[:, None], past_key_values=cache, use_cache=True)
         tokens = written.put(choose(out.logits[:, -1]))
         positions = positions + 1
-    return written.result()
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+    return _ended(streamer, written)
 
 
 class Written:
@@ -133,6 +144,12 @@ class Written:
     def result(self) -> Tensor:
         """The prompt and what was written, up to where the last row ended."""
         return torch.cat([self.prompt, self.tokens[:, : int(self.longest)]], dim=1)
+
+
+def _ended(streamer: BaseStreamer | None, written: Written) -> Tensor:
+    if streamer is not None:
+        streamer.end()
+    return written.result()
 
 
 def _prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, cache: HeldCache) -> Tensor:
