@@ -19,15 +19,16 @@ def test_it_is_closer_to_tanh_than_the_unit_that_it_stands_for() -> None:
     assert np.abs(found / np.tanh(x.astype(np.float64)) - 1).max() < 2**-11
 
 
-def test_every_score_is_written_on_both_ways_and_from_its_own_product() -> None:
-    from attnzoo.ops.softmax.triton.hopper_cap import ASSEMBLY, CONSTRAINTS, TOGETHER
+@pytest.mark.parametrize("count", [32, 64])
+def test_every_score_is_written_on_both_ways_and_from_its_own_product(count: int) -> None:
+    from attnzoo.ops.softmax.triton import hopper_cap
 
-    count = TOGETHER.value
-    near, far = ASSEMBLY.value.split("FAR:")
+    assembly, places = getattr(hopper_cap, f"BY_{count}").value, getattr(hopper_cap, f"PLACES_{count}").value
+    near, far = assembly.split("FAR:")
     results = [f"${n}" for n in range(count)]
     pattern = r"mul\.f32 (\$\d+), (\w), (\$\d+);"
     assert [found[0] for found in re.findall(pattern, near)] == results
     assert [found[2] for found in re.findall(pattern, near)] == [f"${count + n}" for n in range(count)]
     assert [found[0] for found in re.findall(pattern, far) if found[1] == "x"] == results
     assert far.count("tanh.approx.f32") == count and "tanh" not in near
-    assert len(CONSTRAINTS.value.split(",")) == 4 * count
+    assert len(places.split(",")) == 4 * count

@@ -57,7 +57,9 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     TURNS: gl.constexpr,  # one group's exponentials under another's products
-    BOUNDED: gl.constexpr,  # scores lie within a softcap so low that exponentials need no maximum subtracted
+    # 0, or scores lie within a softcap so low that exponentials need no maximum subtracted; then it is how many of a
+    # thread's scores one branch of `hopper_cap.py` decides on.
+    BOUNDED: gl.constexpr,
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
 ):

@@ -15,16 +15,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 NEAR = 0.8
-K = (0.9996967365, -0.3245740235, 0.0935750603)  # least relative error up to NEAR
-TOGETHER = gl.constexpr(32)  # scores of a thread that one branch decides on
+K = (0.9996967353417392, -0.3245740176520229, 0.09357506488487746)  # least relative error up to NEAR
 
 
 @gluon.jit
-def capped(s, scale, softcap):
-    """Scores of products `s`: `scale` is over the softcap, and the `softcap` in the units that scores come in."""
-    return gl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [s, scale, softcap], dtype=gl.float32, is_pure=True, pack=TOGETHER
-    )
+def capped(s, scale, softcap, TOGETHER: gl.constexpr):
+    """Scores of products `s`: `scale` is over the softcap, and the `softcap` in the units that scores come in.
+
+    One branch decides on TOGETHER scores of a thread, 32 or 64.
+    """
+    if TOGETHER == 64:
+        return gl.inline_asm_elementwise(BY_64, PLACES_64, [s, scale, softcap], gl.float32, True, 64)
+    return gl.inline_asm_elementwise(BY_32, PLACES_32, [s, scale, softcap], gl.float32, True, 32)
 
 
 def _assembly(count: int) -> str:
@@ -55,5 +57,12 @@ def _hex(number: float) -> str:
     return "0f" + struct.pack(">f", number).hex().upper()
 
 
-ASSEMBLY = gl.constexpr(_assembly(TOGETHER.value))
-CONSTRAINTS = gl.constexpr(",".join(["=&r"] * TOGETHER.value + ["r"] * 3 * TOGETHER.value))
+def _places(count: int) -> str:
+    """The kinds of these operands; results must not take the place of a product that is still to be read."""
+    return ",".join(["=&r"] * count + ["r"] * 3 * count)
+
+
+BY_32 = gl.constexpr(_assembly(32))
+BY_64 = gl.constexpr(_assembly(64))
+PLACES_32 = gl.constexpr(_places(32))
+PLACES_64 = gl.constexpr(_places(64))

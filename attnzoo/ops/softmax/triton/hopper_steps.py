@@ -57,7 +57,7 @@ def softmax_of(
 ):  # fmt: skip
     """Unscaled weights of the keys of tile `number`; each row's greatest score and sum; what the old ones shrink by."""
     if softcap is not None:
-        s = capped(s, scale, softcap)
+        s = capped(s, scale, softcap, BOUNDED)
         scale = 1.0
     if MASKED:
         j = (number * N + gl.arange(0, N, layout=gl.SliceLayout(0, mma_s)))[None, :]
