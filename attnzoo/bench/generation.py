@@ -165,9 +165,10 @@ def draw(folder: Path) -> None:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table: tokens/s of both sides, and what the bytes predict."""
+    commits = dict.fromkeys(str(row.get("commit", result["commit"]))[:12] for row in result["rows"])
     text = [
-        f"{result['device']}, bf16, torch {result['torch']}, triton {result['packages']['triton']}; commit "
-        f"{str(result['commit'])[:12]}. Copy in the same run: {result['limits']['copy_gbs']} GB/s.",
+        f"{result['device']}, bf16, torch {result['torch']}, triton {result['packages']['triton']}; commits of the "
+        f"rows: {', '.join(commits)}. Copy in the same run: {result['limits']['copy_gbs']} GB/s.",
         "",
         "| mechanism | batch | GB a step | bytes predict, tokens/s | `attnzoo.hf.generate` | of predicted "
         "| `generate` in `graphed` | transformers' best | with | ours / theirs | `graphed` / theirs |",

@@ -21,7 +21,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # With a static cache, over which `generate` compiles its steps by itself. A dynamic one is copied at each step: at 16
 # rows that took 2.5 to 8 times as long. FlexAttention pays where SDPA, given a mask, has to repeat keys; elsewhere it
-# took longer, and with 64 rows Triton was not done with the kernel that makes its block mask after three minutes.
+# took longer, and with 64 rows Triton was still at the kernel that makes its block mask after nearly three minutes.
 # Implementation, mechanisms, most rows.
 HOWS = {
     "sdpa, static cache, compiled": ("sdpa", tuple(PEERS), 2**20),
