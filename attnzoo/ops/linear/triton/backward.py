@@ -43,7 +43,7 @@ def gradients(given: Given, feature_map: str, normalize: bool, causal: bool, sca
     x = given.tidy()
     (batch, _, length, dim), (_, kv_heads, k_len, v_dim) = x.q.shape, x.v.shape
     config = configure(dim, v_dim, x.q.dtype, x.v.dtype)
-    parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens, halves=causal)
+    parts = cut(batch, kv_heads, length, config, x.q.device, x.cu_seqlens)
     k_parts = parts if causal else cut(batch, kv_heads, k_len, config, x.q.device, x.cu_seqlens)
     packed = x.cu_seqlens is not None  # then there may be rows that no program writes
     d_q, d_k, d_v = (empty_like_heads(t, t.shape[3], t.dtype, zero=packed) for t in (x.q, x.k, x.v))
@@ -110,7 +110,7 @@ def grad_queries(
         parts.part,
         lag,
         how.scale,
-        **how.constants(tiles, x.q.shape[2], x, by_features=True, GROUP=x.group, FINE=parts.sums),
+        **how.constants(tiles, x.q.shape[2], x, by_features=True, GROUP=x.group),
     )
 
 

@@ -57,7 +57,7 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
         (keys.grad_values, config.values, False),
         (keys.grad_keys, config.keys, True),
     ):
-        more = {"CAUSAL": True, "GROUP": 1, "SKIP": 1, "FINE": 1, "STATE_FIRST": tiles.state_first}
+        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "STATE_FIRST": tiles.state_first}
         more["FULL"] = more["ALIKE"] = "s0" in absent
         options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
         late = () if kernel.__name__.startswith("sum") else ("near_weights", "lag")
@@ -83,7 +83,7 @@ def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
         (grad_values, config.values, False),
         (grad_keys, config.keys, True),
     ):
-        more = {"CAUSAL": True, "GROUP": 1, "STATE_FIRST": tiles.state_first, "FULL": True, "ALIKE": True, "FINE": 1}
+        more = {"CAUSAL": True, "GROUP": 1, "STATE_FIRST": tiles.state_first, "FULL": True, "ALIKE": True}
         options = constants(config, tiles, True, "elu", by_features=by_features, **more)
         build = _build(kernel, options, dtype, (*_ROWS, "s1", "z1"))
         yield build._replace(name=f"{build.name} late")
@@ -93,7 +93,7 @@ def _hopper() -> Build:
     """The kernel for Hopper GPUs."""
     from attnzoo.ops.linear.triton.hopper import hopper_attend
 
-    fixed: dict[str, Any] = {"NORMALIZE": True, "MAP": "elu", "FINE": 2, "s0": None, "z0": None, **OPTIONS}
+    fixed: dict[str, Any] = {"NORMALIZE": True, "MAP": "elu", "s0": None, "z0": None, **OPTIONS}
     swizzled = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
     known = dict.fromkeys(_STATES, "*fp32") | {"scale": "fp32"}
     known |= {f"{name}_tiles": f"tensordesc<bf16[1, 1, 64, 64],{swizzled}>" for name in ("q", "k", "v", "out")}

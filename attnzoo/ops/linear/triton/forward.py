@@ -41,20 +41,18 @@ def attend(
     s0, z0 = (None if t is None else t.contiguous() for t in (s0, z0))
     (batch, _, length, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     config = configure(dim, v_dim, q.dtype, v.dtype)
-    parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens, halves=causal)
+    parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens)
     out, inverses, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
     before: tuple[Tensor | None, ...] = (s0, z0, None, None)
     if not causal:
         k_parts = cut(batch, kv_heads, k.shape[2], config, q.device, cu_seqlens)
-        found = sum_keys(k, v, None, lengths, cu_seqlens, feature_map, normalize, k_parts, config, skip=0)
+        found = sum_keys(k, v, None, lengths, cu_seqlens, feature_map, normalize, k_parts, config, skip_last=False)
         join(s0, z0, *found, s1, z1, k_parts, normalize, config)
         before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
     elif parts.several:
-        fine, skip = parts.finer(), parts.sums
-        where = (log_decay, lengths, cu_seqlens)
-        sums, z_sums = sum_keys(k, v, *where, feature_map, normalize, fine, config, skip=skip)
+        sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
         before = (s0, z0, sums, z_sums)
     kind = (feature_map, normalize, causal, scale)
     last = (s1, z1) if causal else (None, None)
@@ -99,7 +97,6 @@ def read_out(
         "STATE_FIRST": tiles.state_first,
         "ALIKE": alike,
         "FULL": full,
-        "FINE": parts.sums,
     }
     launch(
         kernels.attend,
@@ -151,9 +148,9 @@ def sum_keys(
     config: Config,
     *,
     lag: int = 0,
-    skip: int = 1,
+    skip_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for the last `skip`."""
+    """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for last parts if skipped."""
     from attnzoo.ops.linear.triton import kernels_sums as kernels
 
     kv_heads, tiles = k.shape[1], config.sums
@@ -176,7 +173,7 @@ def sum_keys(
         parts.parts,
         parts.part,
         lag,
-        **constants(config, tiles, normalize, feature_map, SKIP=skip, FULL=full),
+        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last, FULL=full),
     )
     return sums, z_sums
 

@@ -31,7 +31,7 @@ def hopper_attend(
     inverses,  # [B, Hq, S], fp32
     s0,  # [B, Hk, 64, 64], fp32, or None
     z0,
-    sums,  # [B * parts * FINE, Hk, 64, 64], fp32, or None
+    sums,  # [B * parts, Hk, 64, 64], fp32, or None
     z_sums,
     s1,  # [B, Hk, 64, 64], fp32
     z1,
@@ -43,7 +43,6 @@ def hopper_attend(
     scale,
     NORMALIZE: gl.constexpr,
     MAP: gl.constexpr,
-    FINE: gl.constexpr,  # sums of each part
     STAGES: gl.constexpr,
 ):
     """out, 1 / the normaliser, and the last state."""
@@ -91,8 +90,8 @@ def hopper_attend(
         if NORMALIZE:
             before = gl.load(z0 + index * 64 + z_columns)
     if sums is not None:
-        for earlier in range(0, place * FINE):
-            index = (((program - place) * FINE + earlier) * kv_heads + head).to(gl.int64)
+        for earlier in range(0, place):
+            index = ((program - place + earlier) * kv_heads + head).to(gl.int64)
             s += gl.load(sums + index * 4096 + inside)
             if NORMALIZE:
                 before += gl.load(z_sums + index * 64 + z_columns)

@@ -41,7 +41,7 @@ def attend(
     heads, length = q.shape[1:3]
     tiles = [_tiles(t) for t in (q, k, v, out)]
     sizes = (heads, heads // k.shape[1], length, parts.parts, parts.part, scale)
-    constants = {"NORMALIZE": normalize, "MAP": feature_map, "FINE": parts.sums, **OPTIONS}
+    constants = {"NORMALIZE": normalize, "MAP": feature_map, **OPTIONS}
     _launcher()((parts.programs, heads), (*tiles, inverses, *before, *last, *sizes), constants, num_warps=4)
 
 

@@ -83,7 +83,6 @@ def attend(
     CAUSAL: tl.constexpr,
     STATE_FIRST: tl.constexpr,
     ALIKE: tl.constexpr,
-    FINE: tl.constexpr,
     GROUP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
@@ -120,7 +119,7 @@ def attend(
         near_weights = near_weights + at
     rate = load_rate(log_decay, head)
     s, before = state_beside(
-        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, v0, 0, False, FINE, NORMALIZE, D, DV, BV, BD
+        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, v0, 0, False, NORMALIZE, D, DV, BV, BD
     )
     z = twice(before)
     ones = twice(tl.full([CHUNK], 1.0, COMPUTE)).to(COMPUTE)

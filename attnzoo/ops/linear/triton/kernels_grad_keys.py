@@ -89,7 +89,7 @@ def grad_keys(
     d_k = head_base(d_k, row, head, dk_b, dk_h) + d0
     rate = load_rate(log_decay, head)
     after, z_after = state_beside(
-        d_s1, d_z1, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, True, 1, NORMALIZE, D, DV, BV, BD
+        d_s1, d_z1, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, True, NORMALIZE, D, DV, BV, BD
     )
     s = tl.trans(after)
     z = tl.where((tl.arange(0, NARROW) == 0)[None, :], z_after[:, None], 0.0)  # [BD, NARROW], columns that sum to z
@@ -201,7 +201,7 @@ def grad_values(
     k = head_base(k, row, head, k_b, k_h)
     d_v = head_base(d_v, row, head, dv_b, dv_h) + v0
     rate = load_rate(log_decay, head)
-    s, _z = state_beside(d_s1, None, sums, None, here, head, kv_heads, part, rate, v0, 0, True, 1, False, D, DV, BV, BD)
+    s, _z = state_beside(d_s1, None, sums, None, here, head, kv_heads, part, rate, v0, 0, True, False, D, DV, BV, BD)
     chunks = tl.cdiv(tl.maximum(tl.minimum(here.start + part, here.stop) - here.start, 0), CHUNK)
     d_values = tl.zeros([BV, CHUNK], tl.float32)
     for step in range(0, chunks * GROUP):

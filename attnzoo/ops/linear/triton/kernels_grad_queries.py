@@ -68,7 +68,6 @@ def grad_queries(
     lag,
     scale,
     CAUSAL: tl.constexpr,
-    FINE: tl.constexpr,
     GROUP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
@@ -103,7 +102,7 @@ def grad_queries(
     inverses, dots = inverses + at, dots + at
     rate = load_rate(log_decay, head)
     before, z_before = state_beside(
-        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, False, FINE, NORMALIZE, D, DV, BV, BD
+        s0, z0, sums, z_sums, here, head, kv_heads, part, rate, 0, d0, False, NORMALIZE, D, DV, BV, BD
     )
     s = tl.trans(before)
     z = tl.where((tl.arange(0, NARROW) == 0)[None, :], z_before[:, None], 0.0)  # [BD, NARROW], columns that sum to z

@@ -52,7 +52,7 @@ def sum_parts(
     parts,
     part,
     lag,
-    SKIP: tl.constexpr,
+    SKIP_LAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
     D: tl.constexpr,
@@ -70,8 +70,9 @@ def sum_parts(
     if here.place < 0:
         return
     row, begin, end = here.row, here.begin, here.end
-    if here.place >= here.count - SKIP:  # nobody comes after the last ones
-        return
+    if SKIP_LAST:
+        if here.place == here.count - 1:
+            return
     k = head_base(k, row, head, k_b, k_h)
     v = head_base(v, row, head, v_b, v_h) + v0
     rate = load_rate(log_decay, head)

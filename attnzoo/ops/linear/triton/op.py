@@ -103,7 +103,7 @@ def _(q, k, v, s, z, log_decay, key_lengths, cu_seqlens, feature_map, normalize,
     sums = z_sums = torch.empty(0, **wide)
     if causal:
         config = configure(dim, v.shape[3], q.dtype, v.dtype)
-        parts = cut(batch, kv_heads, length, config, k.device, cu_seqlens, halves=True).finer()
+        parts = cut(batch, kv_heads, length, config, k.device, cu_seqlens)
         if parts.several:
             sums = torch.empty(parts.programs, kv_heads, dim, v.shape[3], **wide)
             z_sums = torch.empty(parts.programs, kv_heads, dim, **wide) if normalize else z_sums

@@ -39,7 +39,6 @@ class Config(NamedTuple):
     keys: Tiles
     values: Tiles
     per_sm: int  # programs that a multiprocessor should have
-    halves: bool  # whether the sums' programs are so short of work that each part may have two
     dim: int
     v_dim: int
     least: int  # columns of a tile; narrower heads are padded
@@ -60,13 +59,6 @@ class Parts(NamedTuple):
     programs: int
     table: Tensor | None = None  # [programs, 2]: document and place in it, place -1 for nobody; None: rows alike
     firsts: Tensor | None = None  # [N + 1]: each document's first program
-    sums: int = 1  # that are kept of each part
-
-    def finer(self) -> Parts:
-        """The parts that there is a sum of."""
-        return self._replace(
-            part=self.part // self.sums, parts=self.parts * self.sums, programs=self.programs * self.sums
-        )
 
     @property
     def several(self) -> bool:
@@ -106,16 +98,13 @@ def configure(dim: int, v_dim: int, features: torch.dtype, values: torch.dtype) 
     else:  # without tensor cores: small tiles, or the code explodes
         tiles = (Tiles(16, 32, 4, 1),) * 6
     sums, attend, sum_gradients, queries, keys, d_values = tiles
-    halves = interpreted() or (compute == torch.bfloat16 and widest <= 64)
-    return Config(
-        sums, attend, sum_gradients, queries, keys, d_values, per_sm, halves, dim, v_dim, least, compute, precision
-    )
+    return Config(sums, attend, sum_gradients, queries, keys, d_values, per_sm, dim, v_dim, least, compute, precision)
 
 
 def half_tiles(widest: int) -> tuple[tuple[Tiles, ...], int]:
     """Tiles of bf16, of every kernel, and how many programs a multiprocessor should have."""
     if widest <= 64:
-        return (Tiles(64, 64, 4, 3),) * 6, 2
+        return (Tiles(64, 64, 4, 4), *(Tiles(64, 64, 4, 3),) * 5), 2
     if widest <= 128:  # two groups of warps, over all columns: so nothing is mapped twice
         return (Tiles(64, 128, 8, 3, True),) * 6, 1
     return (Tiles(64, 64, 8, 1),) * 6, 1
@@ -136,26 +125,13 @@ def is_full(length: int, config: Config, lengths: Tensor | None, cu_seqlens: Ten
     return lengths is None and cu_seqlens is None and length % config.granule == 0
 
 
-def cut(
-    rows: int,
-    heads: int,
-    length: int,
-    config: Config,
-    device: torch.device,
-    cu_seqlens: Tensor | None,
-    *,
-    halves: bool = False,
-) -> Parts:
-    """Parts of about the length at which all programs of `heads` a row fill the GPU at once; `halves`: with two sums
-    each, where that is faster."""
+def cut(rows: int, heads: int, length: int, config: Config, device: torch.device, cu_seqlens: Tensor | None) -> Parts:
+    """Parts of about the length at which all programs of `heads` a row fill the GPU at once."""
     granule = config.granule
     programs = rows * heads * -(-config.v_dim // config.attend.block)
     wanted = num_multiprocessors(device.index) * config.per_sm // programs
     wanted = max(1, min(wanted, -(-length // (4 * granule))))
-    parts = divide(rows, length, max(granule, -(-length // (wanted * granule)) * granule), cu_seqlens)
-    if halves and config.halves and cu_seqlens is None and parts.several and parts.part % (2 * granule) == 0:
-        parts = parts._replace(sums=2)
-    return parts
+    return divide(rows, length, max(granule, -(-length // (wanted * granule)) * granule), cu_seqlens)
 
 
 def divide(rows: int, length: int, part: int, cu_seqlens: Tensor | None) -> Parts:

@@ -79,7 +79,6 @@ def state_beside(
     v0,
     d0,
     AFTER: tl.constexpr,
-    FINE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -88,25 +87,24 @@ def state_beside(
 ):
     """The state before this program's part: the initial one, and the sums of the parts before, in their order.
 
-    There are FINE sums of each part. AFTER it: the gradient of the state there, from the last state's, and the sums of
-    the parts after, from the last on.
+    AFTER it: the gradient of the state there, from the last state's, and the sums of the parts after, from the last on.
     """
     s = tl.zeros([RV, RD], tl.float32)
     z = tl.zeros([RD], tl.float32)
     if s0 is not None:
         s, z = load_state(s0, z0, here.n * kv_heads + head, v0, d0, NORMALIZE, D, DV, RV, RD)
     if sums is not None:
-        others = here.place * FINE
+        others = here.place
         if AFTER:
-            others = (here.count - 1 - here.place) * FINE
+            others = here.count - 1 - here.place
         for step in range(0, others):
             other = step
             if AFTER:
-                other = here.count * FINE - 1 - step
+                other = here.count - 1 - step
             if rate is not None:
-                fade = part_fade(rate, here, other, part // FINE)
+                fade = part_fade(rate, here, other, part)
                 s, z = s * fade, z * fade
-            index = ((tl.program_id(0) - here.place) * FINE + other) * kv_heads + head
+            index = (tl.program_id(0) - here.place + other) * kv_heads + head
             more, z_more = load_state(sums, z_sums, index, v0, d0, NORMALIZE, D, DV, RV, RD)
             s += more
             z += z_more
