@@ -31,7 +31,8 @@ def gqa_paper(results: Results) -> Figure:
     for number, method in enumerate(methods):
         for at, style in ((0, ":"), (-1, "-")):
             points = {numbers[group]: _at(arms.get(f"{group}, {method}", []), at) for group in groups}
-            label = f"{method}, alpha {_alpha(arms, at):g}"
+            runs = [run for one in arms.values() for run in one if run["axes"]]
+            label = f"{method}, alpha {_alpha_of(runs[0], runs[0]['curve'][at]):g}" if runs else ""
             _spread(heads, points | {8: _at(whole, at)}, label, COLOURS[number], style)
     heads.set_title("Quality and key/value heads", loc="left", fontsize=11, color=TEXT)
     points = {numbers[group]: _microseconds(arms.get(f"{group}, {methods[0]}", [])) for group in groups}
@@ -65,11 +66,6 @@ def _alpha_of(run: Run, point: Mapping[str, float]) -> float:
     """Of a point of the curve: the run's whole alpha times the part of its tokens, to two places."""
     whole = next(float(one.removeprefix("alpha=")) for one in run["overrides"] if one.startswith("alpha="))
     return round(whole * point["tokens"] / run["curve"][-1]["tokens"], 2)
-
-
-def _alpha(arms: Mapping[str, Sequence[Run]], at: int) -> float:
-    run = next(run for runs in arms.values() for run in runs if run["axes"])
-    return _alpha_of(run, run["curve"][at])
 
 
 def _at(runs: Sequence[Run], at: int) -> list[float]:

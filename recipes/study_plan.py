@@ -17,6 +17,7 @@ from recipes.common import fingerprint
 
 FIELDS = ("seeds", "arms", "grid", "each", "figure")
 FIGURES = ("curves", "gqa_paper", "compare")
+OmegaConf.register_new_resolver("part", lambda whole, share: float(whole) * float(share), replace=True)
 NEEDED = re.compile(r"\{arm:([^}]+)\}")  # in an override: the folder of the model that this arm ends with
 
 

@@ -200,6 +200,19 @@ def test_every_figure_is_drawn_from_the_results_alone_however_many_runs_have_end
     assert picture.name == "tiny.png" and image.imread(picture).size > 0
 
 
+def test_a_figure_is_drawn_where_only_what_others_need_has_ended(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(PAPER | {"arms": [run("pretrained", [], [9.0, 3.0])]}))
+    assert image.imread(draw(tmp_path / "results.json")[0]).size > 0
+
+
+def test_points_on_the_way_are_parts_of_the_original_training(tmp_path):
+    arms = plan_arms("gqa_paper", ["pretraining_tokens=2e6"], tmp_path)
+    uptrained = [arm for arm in arms if arm.name != "pretrained"]
+    assert len(uptrained) == 30
+    assert all(arm.config["validation"]["at_tokens"] == [2e4, 1e5] for arm in uptrained)
+    assert all(arm.config["model"]["original_tokens"] == 2e6 for arm in uptrained)
+
+
 def test_no_run_is_no_figure(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(CURVES | {"arms": []}))
     with pytest.raises(ValueError, match="no run that has ended"):
