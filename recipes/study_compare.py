@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from recipes.report_plot import COLOURS, TEXT, quiet, short
 from recipes.study_axes import Results, against_tokens, curve, decoding, line_at, original, span
@@ -15,7 +15,9 @@ def compare(results: Results) -> Figure:
     """Recovery curves, quality against the bytes of the cache, and quality against the speed of decoding."""
     figure = Figure(figsize=(14, 4.8), dpi=150, layout="constrained")
     left, middle, right = (figure.add_subplot(1, 3, n) for n in (1, 2, 3))
-    for number, run in enumerate(results["arms"]):
+    names = [name for axis in results["axes"] for name in axis]  # so that an arm looks alike whichever others ended
+    for run in results["arms"]:
+        number = names.index(run["name"]) if run["name"] in names else len(names)
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         curve(left, run, run["name"], colour)
         last = run["evaluations"][-1]
@@ -36,7 +38,8 @@ def compare(results: Results) -> Figure:
     for axes in (middle, right):
         axes.margins(x=0.1, y=0.15)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
+    if middle.get_legend_handles_labels()[1]:
+        middle.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     return figure
