@@ -39,7 +39,8 @@ clean: ## remove .venv and the tools' caches; runs and checkpoints stay
 	find attnzoo recipes conf tests scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp appears when its installation has ended. While one is under way .unfinished lies there: where it is found,
-# or .created is missing, an earlier set-up was interrupted and the environment is made afresh.
+# or .created is missing, an earlier set-up was interrupted and the environment is made afresh. Modules are compiled when
+# they are first imported: most of the packages' never are, and pip takes a minute or more for all of them.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "attnzoo needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
@@ -48,7 +49,7 @@ define install
 	  echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/.created; fi
 	@echo "installing into $(VENV); the first time takes some minutes"
 	@touch $(VENV)/.unfinished
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '$(1)'
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '$(1)'
 	@rm -f $(VENV)/.unfinished
 	@touch $@
 endef
