@@ -28,10 +28,10 @@ def gqa_paper(results: Results) -> Figure:
     alphas.set_xlabel("alpha: part of the original training", color=TEXT)
     alphas.set_ylabel("cross-entropy, nats", color=TEXT)
     numbers = {group: int(group.split()[0]) for group in groups}
+    runs = [run for one in arms.values() for run in one if run["axes"]]
     for number, method in enumerate(methods):
         for at, style in ((0, ":"), (-1, "-")):
             points = {numbers[group]: _at(arms.get(f"{group}, {method}", []), at) for group in groups}
-            runs = [run for one in arms.values() for run in one if run["axes"]]
             label = f"{method}, alpha {_alpha_of(runs[0], runs[0]['curve'][at]):g}" if runs else ""
             _spread(heads, points | {8: _at(whole, at)}, label, COLOURS[number], style)
     heads.set_title("Quality and key/value heads", loc="left", fontsize=11, color=TEXT)

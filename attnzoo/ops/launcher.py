@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Launcher:
             constants: by name, at least the constexpr arguments that follow.
             options: num_warps and num_stages.
         """
-        self._launch(grid, arguments, constants, options)
+        self.launched(grid, arguments, constants, **options)
 
     def recorded(
         self,
@@ -48,22 +49,18 @@ class Launcher:
         **options: int,
     ) -> None:
         """The same, taken down to be made again."""
-        run, values = self._launch(grid, arguments, constants, options)
+        run, values = self.launched(grid, arguments, constants, **options)
         recording.add(run, [*arguments, *values])
 
-    def _launch(
-        self,
-        grid: tuple[int, ...],
-        arguments: Sequence[Any],
-        constants: Mapping[str, Any],
-        options: Mapping[str, int],
+    def launched(
+        self, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any], **options: int
     ) -> tuple[Callable[..., object] | None, list[Any]]:
         """Launch; what launches this kernel on this grid, if it was compiled, and the constants that follow."""
         first = arguments[0]
         device = (first if isinstance(first, Tensor) else first.base).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(grid, arguments, constants, options)
+                return self.launched(grid, arguments, constants, **options)
         kinds = [_kind(argument, free) for argument, free in zip(arguments, self._free, strict=False)]
         names = self._names[len(arguments) :]
         values = [constants[name] for name in names]
@@ -79,6 +76,12 @@ class Launcher:
         run = compiled[whole]
         run(*arguments, *values)
         return run, values
+
+
+@cache
+def launcher_of(kernel: Any) -> Launcher:
+    """The one launcher of a kernel."""
+    return Launcher(kernel)
 
 
 class Recording:

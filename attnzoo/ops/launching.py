@@ -74,6 +74,20 @@ def capability(index: int | None) -> tuple[int, int]:
     return _capability(index)
 
 
+def can_copy(t: Tensor) -> bool:
+    """Whether the copy engine of Hopper GPUs takes `t`, of four dimensions."""
+    size = t.element_size()
+    strides = [n for n, many in zip(t.stride()[:3], t.shape[:3], strict=True) if many > 1]
+    return t.data_ptr() % 16 == 0 and t.stride(3) == 1 and all(n and n * size % 16 == 0 for n in strides)
+
+
+def used_strides(t: Tensor) -> list[int]:
+    """The first three strides for a descriptor of `t`, of four dimensions: that of a dimension of one is never used, so
+    that it may be any number, and is one that fits."""
+    whole = t.shape[2] * t.shape[3]
+    return [n if many > 1 else whole for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
+
+
 @lru_cache(maxsize=64)
 def num_multiprocessors(index: int | None) -> int:
     """Streaming multiprocessors of a CUDA device; a few under the interpreter, which runs one after another."""

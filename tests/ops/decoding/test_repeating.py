@@ -22,11 +22,11 @@ class Compiled:
         self.fast: list[tuple[Any, ...]] = []
 
     def __call__(self, grid: Any, arguments: Any, constants: Any, **options: int) -> None:
-        self.slow.append(tuple(arguments))
+        self.launched(grid, arguments, constants)
 
-    def recorded(self, recording: Any, grid: Any, arguments: Any, constants: Any, **options: int) -> None:
-        self(grid, arguments, constants)
-        recording.add(lambda *given: self.fast.append(given), [*arguments, *constants.values()])
+    def launched(self, grid: Any, arguments: Any, constants: Any, **options: int) -> tuple[Any, list[Any]]:
+        self.slow.append(tuple(arguments))
+        return lambda *given: self.fast.append(given), list(constants.values())
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from attnzoo.ops.decoding.triton.plan import (
     tiles_for,
 )
 from attnzoo.ops.decoding.triton.repeating import Plans, Repeat
-from attnzoo.ops.launcher import Launcher
+from attnzoo.ops.launcher import Launcher, launcher_of
 from attnzoo.ops.launching import num_multiprocessors
 
 
@@ -175,12 +174,11 @@ def _planned(
 decode_op = torch.library.custom_op("attnzoo::decode", decode, mutates_args=())
 
 
-@lru_cache(maxsize=1)
 def launcher() -> Launcher:
     """The kernel's launcher; Triton is imported here, at the first use."""
     from attnzoo.ops.decoding.triton import kernels
 
-    return Launcher(kernels.decode_kernel)
+    return launcher_of(kernels.decode_kernel)
 
 
 def parts_for(out: Tensor, splits: int) -> Tensor:

@@ -85,15 +85,6 @@ class Repeat:
         if not aligned:
             self._launcher(self._grid, arguments, self._constants, **self._options)
             return
-        kept = _Kept()
-        self._launcher.recorded(kept, self._grid, arguments, self._constants, **self._options)  # type: ignore[arg-type]
-        self._end = kept.arguments[len(tensors) + len(numbers) :]
+        self._run, values = self._launcher.launched(self._grid, arguments, self._constants, **self._options)
+        self._end = [*self._rest, *values]
         self._device = tensors[0].device.index  # type: ignore[union-attr]
-        self._run = kept.run
-
-
-class _Kept:
-    """Takes down one launch, as `Recording` does several."""
-
-    def add(self, run: Callable[..., object] | None, arguments: list[Any]) -> None:
-        self.run, self.arguments = run, arguments  # no function where kernels are interpreted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from attnzoo.ops.decoding.triton.op import dtypes_of, form_of, merging_for, part
 from attnzoo.ops.decoding.triton.plan import Tiles, fitted, next_power_of_two, shared_memory, splits_for
 from attnzoo.ops.decoding.triton.repeating import Plans, Repeat
 from attnzoo.ops.latent.triton.plan import HOPPER, tiles_for
-from attnzoo.ops.launcher import Launcher
+from attnzoo.ops.launcher import Launcher, launcher_of
 from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
 
 FEW = 32  # queries of all heads that are too few for the kernel of Hopper GPUs
@@ -189,17 +188,16 @@ def suits_hopper(
 latent_op = torch.library.custom_op("attnzoo::latent_decode", latent_decode, mutates_args=())
 
 
-@lru_cache(maxsize=3)
 def launcher(name: str) -> Launcher:
     """The launcher of a kernel; Triton is imported here, at the first use."""
     if name == "hopper":
         from attnzoo.ops.latent.triton.hopper import hopper_kernel
 
-        return Launcher(hopper_kernel)
+        return launcher_of(hopper_kernel)
     from attnzoo.ops.decoding.triton.merging import merge_kernel
     from attnzoo.ops.latent.triton.kernels import latent_kernel
 
-    return Launcher({"latent": latent_kernel, "merge": merge_kernel}[name])
+    return launcher_of({"latent": latent_kernel, "merge": merge_kernel}[name])
 
 
 @latent_op.register_fake

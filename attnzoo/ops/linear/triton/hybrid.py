@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.ops.eager import with_shortcut
 from attnzoo.ops.launching import is_plain, triton_reasons
 from attnzoo.ops.linear.triton.backward import States, Walk, grad_keys, grad_queries, grad_values, sum_gradients
-from attnzoo.ops.linear.triton.eager import with_shortcut
 from attnzoo.ops.linear.triton.forward import read_out, sum_keys
 from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import empty_like_heads, rows_contiguous

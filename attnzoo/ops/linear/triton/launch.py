@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launcher import Launcher
+from attnzoo.ops.launcher import launcher_of
 from attnzoo.ops.linear.triton.shapes import Config, Tiles, power_of_two
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel with its arguments, its constants and its options by name, on the first tensor's device."""
-    _launcher(kernel)(grid, arguments, options, num_warps=options["num_warps"], num_stages=options["num_stages"])
-
-
-@lru_cache(maxsize=32)
-def _launcher(kernel: Any) -> Launcher:
-    return Launcher(kernel)
+    launcher_of(kernel)(grid, arguments, options, num_warps=options["num_warps"], num_stages=options["num_stages"])
 
 
 def rows_contiguous(t: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.ops.eager import with_shortcut
 from attnzoo.ops.launching import is_plain
 from attnzoo.ops.linear.common import Call, State
 from attnzoo.ops.linear.triton.backward import gradients
-from attnzoo.ops.linear.triton.eager import with_shortcut
 from attnzoo.ops.linear.triton.forward import attend
 from attnzoo.ops.linear.triton.given import Given
 from attnzoo.ops.linear.triton.launch import empty_like_heads

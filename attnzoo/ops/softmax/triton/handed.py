@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnzoo.ops.launching import capability as capability_of
-from attnzoo.ops.launching import interpreted
+from attnzoo.ops.launching import interpreted, used_strides
 from attnzoo.ops.softmax.triton.config import Tiles
 from attnzoo.ops.softmax.triton.shapes import (
     Arguments,
@@ -115,13 +115,10 @@ def descriptor(t: Tensor, rows: int, columns: int, pattern: Pattern) -> TensorDe
         or t.numel() == 0
     ):
         return None
-    batch, heads, length, dim = t.shape
-    size = t.element_size()
-    # The stride of a dimension of one is never used, so that it may be any number.
-    strides = [n if many > 1 else length * dim for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
-    if t.data_ptr() % 16 or any(n == 0 or n * size % 16 for n in strides):
+    strides = used_strides(t)
+    if t.data_ptr() % 16 or any(n == 0 or n * t.element_size() % 16 for n in strides):
         return None
-    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns])
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, columns])
 
 
 def row_descriptor(t: Tensor, rows: int, pattern: Pattern) -> TensorDescriptor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attnzoo.ops.launcher import Launcher, Recording
-from attnzoo.ops.launching import capability, interpreted, num_multiprocessors
+from attnzoo.ops.launcher import Recording, launcher_of
+from attnzoo.ops.launching import can_copy, capability, interpreted, num_multiprocessors, used_strides
 from attnzoo.ops.softmax.triton.documents import document_tiles_kernel
 from attnzoo.ops.softmax.triton.hopper import hopper_forward_kernel
 from attnzoo.ops.softmax.triton.hopper_keys import hopper_keys_kernel
@@ -51,7 +50,7 @@ def takes(x: Arguments, pattern: Pattern) -> bool:
         return False
     if x.k.shape[2] == 0 or q_len < LEAST_QUERIES or (dim <= 64 and reach_of(x, pattern) < LEAST_REACH):
         return False
-    return all(_can_copy(t) for t in (x.q, x.k, x.v))
+    return all(can_copy(t) for t in (x.q, x.k, x.v))
 
 
 def cut_of(block: int) -> Cut:
@@ -108,7 +107,7 @@ def takes_gradients(x: Arguments, pattern: Pattern, d_out: Tensor) -> bool:
     """Whether the backward kernels take this call."""
     if x.q.shape[-1] <= 64 or reach_of(x, pattern) < LEAST_REACH or not ends_of(x, pattern):
         return False
-    return takes(x, pattern) and _can_copy(d_out)
+    return takes(x, pattern) and can_copy(d_out)
 
 
 def queries(
@@ -192,14 +191,9 @@ def _launch(
     kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], recording: Recording | None
 ) -> None:
     if recording is None:
-        _launcher(kernel)((programs,), arguments, constants, num_warps=4)
+        launcher_of(kernel)((programs,), arguments, constants, num_warps=4)
     else:
-        _launcher(kernel).recorded(recording, (programs,), arguments, constants, num_warps=4)
-
-
-@lru_cache(maxsize=4)
-def _launcher(kernel: Any) -> Launcher:
-    return Launcher(kernel)
+        launcher_of(kernel).recorded(recording, (programs,), arguments, constants, num_warps=4)
 
 
 def _factors(x: Arguments) -> tuple[float, float | None]:
@@ -222,23 +216,13 @@ def _documents(own: Tensor | None, other: Tensor | None, each: int, rows: int, s
     number = own.shape[0] - 1
     known = {"BLOCK": rows, "DOCUMENTS": 1 << (number - 1).bit_length()}
     known |= {"SORTED": sort is not None, "CAUSAL": sort is not None and sort.right}
-    _launcher(document_tiles_kernel)((each,), (entries, own, other, number), known, num_warps=1)
+    launcher_of(document_tiles_kernel)((each,), (entries, own, other, number), known, num_warps=1)
     return entries
-
-
-def _can_copy(t: Tensor) -> bool:
-    """Whether the copy engine takes the tensor."""
-    size = t.element_size()
-    strides = [n for n, many in zip(t.stride()[:3], t.shape[:3], strict=True) if many > 1]
-    return t.data_ptr() % 16 == 0 and t.stride(3) == 1 and all(n and n * size % 16 == 0 for n in strides)
 
 
 def _tiles(t: Tensor, rows: int, columns: int) -> Any:
     """A descriptor of tiles of so many rows and columns."""
-    batch, heads, length, dim = t.shape
-    # The stride of a dimension of one is never used, so that it may be any number.
-    strides = [n if many > 1 else length * dim for n, many in zip(t.stride()[:3], t.shape[:3], strict=True)]
-    return TensorDescriptor(t, [batch, heads, length, dim], [*strides, 1], [1, 1, rows, columns], _SWIZZLED)
+    return TensorDescriptor(t, list(t.shape), [*used_strides(t), 1], [1, 1, rows, columns], _SWIZZLED)
 
 
 def _rows(t: Tensor, rows: int) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.masks import Causal, Dilated, Full, SlidingWindow
-from attnzoo.ops.launcher import Launcher, Recording
+from attnzoo.ops.launcher import Recording, launcher_of
 from attnzoo.ops.launching import interpreted
 from attnzoo.ops.softmax.triton import config, handed, hopper_launch
 from attnzoo.ops.softmax.triton.bias import bias_gradient_kernel
@@ -202,11 +201,6 @@ def bias_gradient(d_out: Tensor, lse: Tensor, delta: Tensor, x: Arguments, shape
     return d_bias.sum_to_size(own).reshape(shape).to(dtype)
 
 
-@lru_cache(maxsize=8)
-def _launcher(kernel: Any) -> Launcher:
-    return Launcher(kernel)
-
-
 def _launch(
     kernel: Any,
     programs: int,
@@ -215,7 +209,7 @@ def _launch(
     tiles: Tiles,
     recording: Recording | None = None,
 ) -> None:
-    launcher, options = _launcher(kernel), {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    launcher, options = launcher_of(kernel), {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if recording is None:
         launcher((programs,), arguments, constants, **options)
     else:
@@ -261,6 +255,6 @@ def clear_tail(t: Tensor, boundaries: Tensor, value: float = 0.0, recording: Rec
         arguments = (t, boundaries, boundaries.shape[0] - 1, length, t.stride(1), t.stride(2))
         known = {"DIM": dim, "ROWS": rows, "COLUMNS": 1 << (dim - 1).bit_length(), "VALUE": value}
         if recording is None:
-            _launcher(clear_tail_kernel)(grid, arguments, known, num_warps=4)
+            launcher_of(clear_tail_kernel)(grid, arguments, known, num_warps=4)
         else:
-            _launcher(clear_tail_kernel).recorded(recording, grid, arguments, known, num_warps=4)
+            launcher_of(clear_tail_kernel).recorded(recording, grid, arguments, known, num_warps=4)

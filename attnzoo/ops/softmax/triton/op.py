@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.masks import Full
+from attnzoo.ops.eager import with_shortcut
 from attnzoo.ops.launching import is_plain
 from attnzoo.ops.softmax.common import mask_from_text
 from attnzoo.ops.softmax.triton import launch
 from attnzoo.ops.softmax.triton.handed import empty_as
 from attnzoo.ops.softmax.triton.shapes import Arguments
 from attnzoo.ops.softmax.triton.vmap import backward_rule, forward_rule
-
-
-def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """`fused_attention`, without the operator around it where nobody traces: it costs as much as a short kernel."""
-    if not is_plain(inputs[0]):
-        return fused_attention(*inputs)
-    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    return _Eager.apply(*inputs) if wanted else _forward(*inputs)
 
 
 def _forward(
@@ -145,23 +136,13 @@ def _backward(ctx, d_out, d_lse, differentiate=fused_attention_backward):  # typ
     return d_q, d_k, d_v, d_sinks, d_bias if wanted else None, *([None] * 10)
 
 
-class _Eager(torch.autograd.Function):
-    """The same without operators."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-        # `torch.vmap` over a backward hands in many gradients as one tensor, which the operator knows how to run.
-        plain = is_plain(d_lse if d_out is None else d_out)
-        return _backward(ctx, d_out, d_lse, _differentiate if plain else fused_attention_backward)
+def _eager_backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+    # `torch.vmap` over a backward hands in many gradients as one tensor, which the operator knows how to run.
+    plain = is_plain(d_lse if d_out is None else d_out)
+    return _backward(ctx, d_out, d_lse, _differentiate if plain else fused_attention_backward)
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
 fused_attention.register_vmap(forward_rule(fused_attention))
 fused_attention_backward.register_vmap(backward_rule(fused_attention_backward))
+attend = with_shortcut(fused_attention, _forward, _save, _eager_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from attnzoo.ops.launching import is_plain
 
-Outputs = tuple[Tensor, ...]
+Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
 
 
 def with_shortcut(
