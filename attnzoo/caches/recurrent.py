@@ -11,14 +11,15 @@ from attnzoo.caches.base import Cache, host_lengths
 from attnzoo.caches.lengths import RowLengths
 from attnzoo.ops.linear import State
 from attnzoo.ops.linear.common import FEATURE_MAPS
-from attnzoo.ops.linear.decoding import Tail, absorb
+from attnzoo.ops.linear.tail import Ring, Tail, tail_of, take_in
 
 
 class RecurrentStateCache(Cache):
     """Sums over all tokens but the last T, `s [B, Hk, F, Dv]` and `z [B, Hk, F]` in fp32 (fp64 for fp64), and those T.
 
     `T = (window - 1) + rollback`: a window's softmax needs its tokens one by one, and a token that is not in the sums
-    yet can be cropped without a trace. A token enters the sums when T others came after it. The size never grows.
+    yet can be cropped without a trace. A token enters the sums when T others came after it. The size never grows, and
+    the T stand in a ring, so that a step moves nothing.
 
     Args:
         batch_size: rows.
@@ -109,10 +110,20 @@ class RecurrentStateCache(Cache):
         self._state = State(state.s.detach(), None if state.z is None else state.z.detach())
 
     @property
+    def ring(self) -> Ring:
+        """The memory of the tokens that are not in the sums."""
+        return Ring(self._keys, self._features, self._v)
+
+    @property
     def tail(self) -> Tail:
-        """The tokens that are not in the sums."""
-        keys = self._features if self._keys is None else self._keys
-        return Tail(keys, self._features, self._v, self._rows.tensor() - self._summed.tensor())
+        """The tokens that are not in the sums, in order; a copy."""
+        rows = self._rows.tensor()
+        return tail_of(self.ring, rows, rows - self._summed.tensor())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(t.nbytes for t in (*self._state, *self.ring) if t is not None)
 
     def row_lengths(self) -> list[int]:
         return self._rows.host()
@@ -136,22 +147,11 @@ class RecurrentStateCache(Cache):
                 written then.
         """
         self.check_new(k, v, lengths, keys)
-        new, held = k.shape[2], self._v.shape[2]
-        counts = torch.full((self.batch_size,), new, device=self.device) if lengths is None else lengths
-        alive = self.tail.alive
-        parts = [(self._features, k), (self._v, v)]
-        if self._keys is not None and keys is not None:
-            parts.append((self._keys, keys))
-        joined = [torch.cat([old, fresh.detach()], dim=2) for old, fresh in parts]
-        # Row b's first alive + counts - T tokens leave. If any do, they stand before slot counts[b] <= S.
-        start = (held - alive).clamp(max=counts)
-        leaving = joined[0][:, :, :new], joined[1][:, :, :new]
-        self.state = absorb(self._state, *leaving, start, counts, self.feature_map, self.log_decay)
-        moved = [_shift(t, counts if lengths is not None else new, held) for t in joined]
-        self._features, self._v = moved[:2]
-        if self._keys is not None:
-            self._keys = moved[2]
-        self.advance(new, lengths)
+        rows = self._rows.tensor()
+        counts = torch.full_like(rows, k.shape[2]) if lengths is None else lengths
+        new = (None if self._keys is None else keys, k, v)
+        self.state = take_in(self.ring, self.tail, self._state, new, rows, counts, self.feature_map, self.log_decay)
+        self.advance(k.shape[2], lengths)
 
     def advance(self, count: int, lengths: Tensor | None) -> None:
         """Count `count` tokens a row, or `lengths` of them, that state and tail have taken in already."""
@@ -187,12 +187,7 @@ class RecurrentStateCache(Cache):
                     f"length is {length}; a row of {row} tokens has {base} of them summed up and can only be cropped "
                     f"to {base + near} or more, or to 0 (rollback is {self.rollback})"
                 )
-        kept = [min(row, length) for row in rows]
-        if kept == rows:
-            return
-        lost = self.lengths - torch.tensor(kept, device=self.device)
-        self._each_tail(lambda t: _shift(t, -lost, t.shape[2]))
-        self._rows.set(kept)
+        self._rows.set([min(row, length) for row in rows])
 
     def reorder(self, indices: Tensor) -> None:
         if indices.shape != (self.batch_size,):
@@ -206,7 +201,9 @@ class RecurrentStateCache(Cache):
             )
         if indices.device.type == "cpu" and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch_size:
             raise ValueError(f"indices is {indices.tolist()}; each must be from 0 to {self.batch_size - 1}")
-        self._each_tail(lambda t: t.index_select(0, indices))
+        keys = self._keys
+        self._features, self._v = self._features.index_select(0, indices), self._v.index_select(0, indices)
+        self._keys = None if keys is None else keys.index_select(0, indices)
         s, z = self._state
         self._state = State(s.index_select(0, indices), None if z is None else z.index_select(0, indices))
         self.batch_size = len(indices)
@@ -242,16 +239,3 @@ class RecurrentStateCache(Cache):
                 raise ValueError(f"{name} is {t.dtype} on {t.device}; this cache is {like.dtype} on {like.device}")
         if lengths is not None:
             host_lengths(lengths, self.batch_size, new)
-
-    def _each_tail(self, change) -> None:  # type: ignore[no-untyped-def]
-        self._features, self._v = change(self._features), change(self._v)
-        if self._keys is not None:
-            self._keys = change(self._keys)
-
-
-def _shift(t: Tensor, by: Tensor | int, size: int) -> Tensor:
-    """Of `t [B, H, n, D]` the `size` slots from `by` on, or row b's from `by[b]` on; below 0 anything may stand."""
-    if isinstance(by, int):
-        return t[:, :, by : by + size].clone()  # a view would keep all of t
-    slots = (torch.arange(size, device=t.device) + by[:, None]).clamp(min=0)  # [B, size]
-    return t.take_along_dim(slots[:, None, :, None], dim=2)

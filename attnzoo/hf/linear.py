@@ -16,7 +16,6 @@ from attnzoo.hf.weights import check_implementation, own_cache, own_projections,
 from attnzoo.layers import LinearAttention
 from attnzoo.layers.inputs import zero_padding
 from attnzoo.layers.rope import apply_rotary
-from attnzoo.ops import linear_step
 from attnzoo.specs import Linear
 
 
@@ -136,10 +135,8 @@ class SwappedLinearAttention(LinearAttention):
             )  # with gradients, which a cache does not pass on
         held.record(f_k, v, rows.lengths, near_keys)
         state = self._checked(held.state, q.shape[0], False)
-        if held.in_place:
-            return linear_step(
-                f_q, f_k, v, state.state, feature_map=state.feature_map, log_decay=state.log_decay, scale=self._scale()
-            )
+        if held.before is not None:
+            return self.decode(q, k, v, f_q, f_k, state, before=held.before)
         out = self.decode(q, k, v, f_q, f_k, state, rows.lengths)
         held.append(f_k, v, rows.lengths, near_keys, done=True)
         return out

@@ -44,7 +44,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.state: RecurrentStateCache | None = None
         self.seen = 0
         self.new_lengths: Tensor | None = None  # of right-padded tokens that come without a mask
-        self.in_place = False  # steps change the state alone, and are counted afterwards (see `leave`)
+        self.before: Tensor | None = None  # tokens of each row on the device, while steps count there (see `enter`)
         self.record_past = bool(getattr(replaced, "record_past", False))
         self._record: _Record | None = None
         self._closed = False
@@ -67,14 +67,17 @@ class RecurrentLayer(CacheLayerMixin):
             parts = [None if t is None else t.detach() for t in (features, values, keys)]
             self._record = _Record(before, parts[0], parts[1], parts[2], lengths)  # type: ignore[arg-type]
 
-    def enter(self) -> None:
-        """From here on steps of one token a row change the state in place and count nothing: they can be captured."""
-        self.in_place = True
+    def enter(self, before: Tensor) -> None:
+        """From here on steps of one token a row change the state in place and count nothing: they can be captured.
+
+        `before [B]` is how many tokens each row has, which somebody else counts.
+        """
+        self.before = before
 
     def leave(self, steps: int) -> None:
         """Count `steps` such tokens."""
         assert self.state is not None
-        self.in_place = False
+        self.before = None
         self.state.advance(steps, None)
         self.seen += steps
 

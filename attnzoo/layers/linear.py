@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from attnzoo.layers.linear_inputs import check_state_cache, decay_of_heads
 from attnzoo.layers.rope import RotaryEmbedding
 from attnzoo.layers.rotation import rotate_new
 from attnzoo.masks import Causal
-from attnzoo.ops.linear import State, hybrid_attention, linear_attention, linear_decode
+from attnzoo.ops.linear import State, hybrid_attention, linear_attention, linear_decode, linear_decode_in_place
 from attnzoo.specs import Linear
 
 
@@ -180,12 +181,19 @@ class LinearAttention(GroupedQueryAttention):
         f_k: Tensor,
         cache: RecurrentStateCache,
         lengths: Tensor | None = None,
+        *,
+        before: Tensor | None = None,
     ) -> Tensor:
-        """`[B, Hq, S, D]` of new tokens after those in the cache, which takes them in."""
-        near, scale = self._near_weight(), self._scale()
-        return linear_decode(
-            q, k, v, cache, q_features=f_q, k_features=f_k, near_weight=near, scale=scale, lengths=lengths
-        )
+        """`[B, Hq, S, D]` of new tokens after those in the cache, which takes them in.
+
+        With `before [B]`, the tokens of each row, on the device alone; see `linear_decode_in_place`.
+        """
+        q_features, k_features = (None, None) if self.learned_map is None else (f_q, f_k)
+        given = {"q_features": q_features, "k_features": k_features, "near_weight": self._near_weight()}
+        options: dict[str, Any] = given | {"scale": self._scale(), "lengths": lengths}
+        if before is not None:
+            return linear_decode_in_place(q, k, v, cache, before, **options)
+        return linear_decode(q, k, v, cache, **options)
 
     def features(self, x: Tensor, *, query: bool) -> Tensor:
         """Features of queries `[B, Hq, S, D]` or keys `[B, Hk, S, D]`, up to the elementwise map."""

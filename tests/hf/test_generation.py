@@ -29,6 +29,7 @@ SPECS = {
     "linear": Linear(),
     "decay": Linear(feature_map="identity", normalize=False, decay="retnet"),
     "hybrid": Linear(window=4),
+    "learned hybrid": [Linear(feature_map="hedgehog", window=6), GQA(num_kv_heads=2)],
     "mixed": [GQA(num_kv_heads=2), Linear()],
 }
 
@@ -77,7 +78,7 @@ def test_every_mechanism_generates_what_it_does_with_transformers_cache(build, p
     assert torch.equal(attnzoo.hf.generate(model, *prompt, cache=kind, max_new_tokens=NEW), want)
 
 
-@pytest.mark.parametrize(("name", "kind"), pairs(name for name in SPECS if name != "hybrid"))
+@pytest.mark.parametrize(("name", "kind"), pairs(SPECS))
 def test_steps_that_count_on_the_device_change_no_token_and_can_be_left(build, prompt, name, kind):
     model = attnzoo.swap(build("llama"), SPECS[name])
     want = greedy(model, *prompt)[:, 12:]
@@ -266,9 +267,11 @@ def test_compiled_pieces_leave_a_step_as_it_was(build, prompt):
 def test_what_cannot_be_captured_says_why(build, tokens):
     hybrid = attnzoo.swap(build("llama"), SPECS["hybrid"])
     cache = cache_of(hybrid)
+    assert "not there yet" in refusal(hybrid, cache)
+    cache.activate_past_recording()
     greedy(hybrid, tokens, torch.ones_like(tokens), past_key_values=cache)
-    assert "window" in refusal(hybrid, cache)
-    with pytest.raises(ValueError, match="steps cannot be captured: hybrid"):
+    assert "recorded for assisted decoding" in refusal(hybrid, cache)
+    with pytest.raises(ValueError, match="steps cannot be captured: a state"):
         Step(hybrid, cache)()
     with pytest.raises(ValueError, match="graph is True"):
         attnzoo.hf.generate(hybrid, tokens, graph=True, max_new_tokens=2)

@@ -129,6 +129,7 @@ class _Asked(TorchDispatchMode):
         (GQA(mask=SlidingWindow(5)), "rolling"),
         (MLA(kv_lora_rank=16), "paged"),
         (Linear(), "contiguous"),
+        (Linear(feature_map="hedgehog", window=5), "contiguous"),
     ],
 )
 def test_a_step_asks_the_device_for_nothing(build, tokens, monkeypatch, spec, kind):
@@ -141,7 +142,7 @@ def test_a_step_asks_the_device_for_nothing(build, tokens, monkeypatch, spec, ki
         # Kernels launch by themselves; what plain PyTorch on a CPU does in their place does not count.
         monkeypatch.setattr(layer.ops, "decode", lambda q, *args, **options: q)
         monkeypatch.setattr("attnzoo.hf.latent.ops.latent_decode", lambda q, *args, **options: q)
-        monkeypatch.setattr("attnzoo.hf.linear.linear_step", lambda q, *args, **options: q)
+        monkeypatch.setattr("attnzoo.ops.linear.decoding.linear_step", lambda q, *args, **options: q)
         with _Asked() as asked:
             step()
     assert asked.found == []
@@ -155,13 +156,14 @@ def test_the_watch_for_questions_sees_them(tokens):
     assert len(asked.found) == 3
 
 
-@pytest.mark.parametrize("name", ["gqa", "window", "mla", "linear"])
+@pytest.mark.parametrize("name", ["gqa", "window", "mla", "linear", "hybrid"])
 def test_transformers_generate_steps_through_the_stand_in(build, tokens, monkeypatch, name):
     spec, kind = {
         "gqa": (GQA(num_kv_heads=2), "paged_int8"),
         "window": (GQA(mask=SlidingWindow(5)), "rolling"),
         "mla": (MLA(kv_lora_rank=16), "contiguous"),
         "linear": (Linear(), "contiguous"),
+        "hybrid": ([GQA(num_kv_heads=2), Linear(feature_map="hedgehog", window=5)], "contiguous"),
     }[name]
     monkeypatch.setattr(bridge, "_on_gpu", lambda tokens: True)
     calls = []

@@ -154,7 +154,7 @@ def _overwritten(cache: HeldCache) -> Iterator[Tensor]:
     """What steps write over: states and rings. Elsewhere they write behind the last token."""
     for memory in cache.memories:
         if isinstance(memory, RecurrentStateCache):
-            yield from (t for t in memory.state if t is not None)
+            yield from (t for t in (*memory.state, *memory.ring) if t is not None)
         elif isinstance(memory, TokenCache):
             held = memory.stored()
             rings = [held.recent] if held.recent is not None else [held] if held.ring else []
@@ -166,6 +166,7 @@ def _bytes(model: PreTrainedModel, cache: HeldCache, length: int) -> int:
     total = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes  # type: ignore[operator]
     for memory in cache.memories:
         if isinstance(memory, RecurrentStateCache):
+            total += sum(t.nbytes for t in memory.ring if t is not None)
             total += 2 * sum(t.nbytes for t in memory.state if t is not None)
         elif isinstance(memory, TokenCache):
             kept = memory.window if isinstance(memory, RollingCache) else length

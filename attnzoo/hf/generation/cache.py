@@ -41,13 +41,7 @@ class HeldCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys, values, latents and states held, whether filled or not."""
-        total = 0
-        for memory in self.memories:
-            if isinstance(memory, RecurrentStateCache):
-                total += sum(t.nbytes for t in memory.state if t is not None)
-            elif isinstance(memory, TokenCache):
-                total += memory.nbytes
-        return total
+        return sum(m.nbytes for m in self.memories if isinstance(m, RecurrentStateCache | TokenCache))
 
     def rows_of(self, mask: Tensor | None, shape: tuple[int, int], seen: int) -> Rows:
         """How the new tokens are padded. A mask is read once for all layers that get it."""

@@ -59,7 +59,7 @@ class Step:
         self.cache.stepping, self.entered = self, True
         for layer in self.cache.layers:
             if isinstance(layer, RecurrentLayer):
-                layer.enter()
+                layer.enter(self.clock.before)
             else:
                 assert isinstance(layer, HeldLayer)
                 if isinstance(layer.memory, PagedCache):
@@ -134,8 +134,6 @@ def refusal(model: PreTrainedModel, cache: HeldCache) -> str | None:
         if isinstance(layer, RecurrentLayer):
             if layer.state is None or layer.record_past:
                 return "a state that is not there yet, or recorded for assisted decoding, is made anew at each step"
-            if layer.state.window is not None or layer.state.rollback:
-                return "hybrid attention moves its window in new memory at each step"
         elif not isinstance(layer, HeldLayer) or layer.memory is None:
             return "the cache is empty: give it the prompt first"
         elif isinstance(layer.memory, RollingCache) and layer.memory.kept < layer.memory.window + layer.memory.margin:

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from attnzoo.ops.linear.api import linear_attention, linear_step
-from attnzoo.ops.linear.common import State, apply_map, inverse_or_zero
-from attnzoo.ops.linear.hybrid import near_weights
-from attnzoo.ops.softmax.common import accumulation_dtype
+from attnzoo.ops.linear.common import State
+from attnzoo.ops.linear.stepping import MOST_TOKENS, from_tail, hybrid_step, takes_kernel
+from attnzoo.ops.linear.tail import Ring, Tail
 
-_STEPS = 16  # tokens up to which the state is stepped in place
 _PIECE = 128  # queries that look at the tail together
-
-
-class Tail(NamedTuple):
-    """The last tokens, right-aligned: row b's are the last `alive[b]` of the T slots; the others hold anything."""
-
-    keys: Tensor  # [B, Hk, T, D], for the window's softmax; the features themselves where both are the same
-    features: Tensor  # [B, Hk, T, F], before the elementwise map
-    v: Tensor  # [B, Hk, T, Dv]
-    alive: Tensor  # [B]
 
 
 class StateCache(Protocol):
@@ -42,6 +32,12 @@ class StateCache(Protocol):
 
     @state.setter
     def state(self, state: State) -> None: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def ring(self) -> Ring: ...
 
     @property
     def tail(self) -> Tail: ...
@@ -94,15 +90,76 @@ def linear_decode(
         raise ValueError(f"q must be [B, a multiple of Hk, S, D] for k {list(k.shape)}, got {list(q.shape)}")
     if cache.window is None and cache.tail.v.shape[2] == 0:
         return _from_state(*features, v, cache, scale, lengths)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *features))
+    few = q.shape[2] <= MOST_TOKENS and not needs_gradient
+    if few and cache.window is not None and takes_kernel(q, *features, v, cache.state, cache.ring, cache.window):
+        given: Any = {
+            "q_features": q_features,
+            "k_features": k_features,
+            "near_weight": near_weight,
+            "lengths": lengths,
+        }
+        out = linear_decode_in_place(q, k, v, cache, cache.lengths, scale=scale, **given)
+        cache.advance(q.shape[2], lengths)
+        return out
     outs = [v.new_zeros(*q.shape[:2], 0, v.shape[3])]
     for start in range(0, q.shape[2], _PIECE):
         at = slice(start, min(start + _PIECE, q.shape[2]))
         q_at, k_at, f_q, f_k, v_at = (t[:, :, at] for t in (q, k, *features, v))
         real = None if lengths is None else (lengths - start).clamp(0, at.stop - start)
+        settings = cache.feature_map, cache.log_decay, cache.window
         with torch.autocast(q.device.type, enabled=False):
-            outs.append(_from_tail(q_at, k_at, f_q, f_k, v_at, cache, near_weight, scale, real))
+            new = q_at, k_at, f_q, f_k, v_at
+            outs.append(from_tail(*new, cache.tail, cache.state, *settings, near_weight, scale, real))
         cache.append(f_k, v_at, real, keys=k_at if cache.window is not None else None)
     return torch.cat(outs, dim=2)
+
+
+def linear_decode_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: StateCache,
+    before: Tensor,
+    *,
+    q_features: Tensor | None = None,
+    k_features: Tensor | None = None,
+    near_weight: Tensor | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """As `linear_decode` of at most 16 tokens, on the device alone: a CUDA graph can hold it. It has no gradient.
+
+    The cache's state and ring are written in place, and nothing is counted: that is left to `cache.advance`.
+
+    Args:
+        q, k, v, cache, q_features, k_features, near_weight, scale, lengths: as of `linear_decode`.
+        before: tokens that each row of the cache holds, `[B]`.
+
+    Raises:
+        ValueError: for tensors that do not fit, and a cache whose tokens can be taken back (rollback).
+    """
+    apart = 0 if cache.window is None else cache.window - 1
+    if cache.ring.size != apart:
+        raise ValueError(f"cache keeps {cache.ring.size} tokens out of its state, {apart} is what a step needs")
+    f_q, f_k = q if q_features is None else q_features, k if k_features is None else k_features
+    if cache.window is None:
+        settings: Any = {"feature_map": cache.feature_map, "log_decay": cache.log_decay}
+        return linear_step(f_q, f_k, v, cache.state, **settings, scale=scale, lengths=lengths)
+    return hybrid_step(
+        q,
+        k,
+        v,
+        cache.state,
+        cache.ring,
+        before,
+        q_features=f_q,
+        k_features=f_k,
+        feature_map=cache.feature_map,
+        near_weight=near_weight,
+        scale=scale,
+        lengths=lengths,
+    )
 
 
 def _from_state(
@@ -110,7 +167,7 @@ def _from_state(
 ) -> Tensor:
     """Nothing is kept apart from the state: one call, in place for a few tokens."""
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if q.shape[2] <= _STEPS and not needs_gradient:
+    if q.shape[2] <= MOST_TOKENS and not needs_gradient:
         out = linear_step(
             q, k, v, cache.state, feature_map=cache.feature_map, log_decay=cache.log_decay, scale=scale, lengths=lengths
         )
@@ -129,73 +186,3 @@ def _from_state(
         )
     cache.advance(q.shape[2], lengths)
     return out
-
-
-def _from_tail(
-    q: Tensor,
-    k: Tensor,
-    f_q: Tensor,
-    f_k: Tensor,
-    v: Tensor,
-    cache: StateCache,
-    near_weight: Tensor | None,
-    scale: float | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """A piece of at most `_PIECE` queries over the state, the tail and the piece itself, with weights written out."""
-    dtype, tail, state, window = accumulation_dtype(f_k.dtype), cache.tail, cache.state, cache.window
-    heads, new, held, device = k.shape[1], q.shape[2], tail.v.shape[2], q.device
-    t, slot = torch.arange(new, device=device), torch.arange(held + new, device=device)
-    live = slot >= held - tail.alive[:, None]  # [B, T + S]
-    if lengths is not None:
-        live = live & (slot < held + lengths[:, None])
-    age = held + t[:, None] - slot  # [S, T + S]
-    seen = live[:, None, None, None] & (age >= 0)  # [B, 1, 1, S, T + S]
-
-    real_q, real_k = live[:, None, held:, None], live[:, None, :, None]
-    f_q = apply_map(cache.feature_map, f_q.to(dtype).masked_fill(~real_q, 0)).unflatten(1, (heads, -1))
-    f_k = torch.cat([tail.features.to(dtype), f_k.to(dtype)], dim=2).masked_fill(~real_k, 0)
-    f_k = apply_map(cache.feature_map, f_k)
-    v_all = torch.cat([tail.v.to(dtype), v.to(dtype)], dim=2).masked_fill(~real_k, 0)
-    joint = state.s
-    if state.z is not None:
-        joint = torch.cat([state.s, state.z[..., None]], dim=-1)
-        v_all = torch.cat([v_all, torch.ones_like(v_all[..., :1])], dim=-1)
-
-    weights = f_q @ f_k[:, :, None].mT * (seen if window is None else seen & (age >= window))
-    carried = f_q @ joint[:, :, None]
-    if cache.log_decay is not None:
-        log_decay = cache.log_decay.to(dtype)[:, None, None, None]  # [Hk, 1, 1, 1]
-        weights = weights * torch.exp(log_decay * age.clamp(min=0))
-        since = tail.alive[:, None, None, None, None] + 1 + t[:, None]  # [B, 1, 1, S, 1]
-        carried = carried * torch.exp(log_decay * since)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if window is not None:
-        near_q = q.to(dtype).masked_fill(~real_q, 0).unflatten(1, (heads, -1)) * factor
-        near_k = torch.cat([tail.keys.to(dtype), k.to(dtype)], dim=2).masked_fill(~real_k, 0)
-        gain = q.new_ones(q.shape[1]) if near_weight is None else near_weight
-        gain = gain.to(dtype).reshape(heads, -1, 1, 1)
-        weights = weights + near_weights(near_q @ near_k[:, :, None].mT, seen & (age < window), gain)
-    out = weights @ v_all[:, :, None] + carried  # [B, Hk, G, S, Dv (+ 1)]
-    out = out * factor if state.z is None else out[..., :-1] * inverse_or_zero(out[..., -1:])
-    return out.flatten(1, 2).masked_fill(~real_q, 0).to(v.dtype)
-
-
-def absorb(
-    state: State, k: Tensor, v: Tensor, start: Tensor, end: Tensor, feature_map: str, log_decay: Tensor | None
-) -> State:
-    """The state after row b's tokens `start[b]` to `end[b]` of `k [B, Hk, S, D]` and `v [B, Hk, S, Dv]`."""
-    dtype, slot = state.s.dtype, torch.arange(k.shape[2], device=k.device)
-    leaves = ((slot >= start[:, None]) & (slot < end[:, None]))[:, None, :, None]  # [B, 1, S, 1]
-    features = apply_map(feature_map, k.to(dtype).masked_fill(~leaves, 0)).masked_fill(~leaves, 0)
-    v = v.to(dtype).masked_fill(~leaves, 0)
-    s, z = state
-    if log_decay is not None:
-        log_decay = log_decay.to(dtype)[:, None, None]
-        end, start = end[:, None, None, None], start[:, None, None, None]
-        features = features * torch.exp(log_decay * (end - 1 - slot[:, None]).clamp(min=0))
-        fade = torch.exp(log_decay * (end - start).clamp(min=0))  # [B, Hk, 1, 1]
-        s, z = s * fade, None if z is None else z * fade[..., 0]
-    with torch.autocast(k.device.type, enabled=False):
-        s = s + features.mT @ v
-    return State(s, None if z is None else z + features.sum(2))

@@ -8,6 +8,7 @@ import torch
 
 from attnzoo.ops.launching import Build, Builds
 from attnzoo.ops.linear.triton.hopper_launch import OPTIONS
+from attnzoo.ops.linear.triton.hybrid_step import step_constants
 from attnzoo.ops.linear.triton.launch import constants, state_constants
 from attnzoo.ops.linear.triton.near import near_constants
 from attnzoo.ops.linear.triton.shapes import configure, near_tiles
@@ -16,6 +17,7 @@ _STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "inverses", "dots", "d_s0",
 _FLOATS = ("top", "row_sums", "gain", "log_decay", "weights", "near_weights")
 _INTEGERS = ("lengths", "cu_seqlens", "table", "firsts", "arg")
 _INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "f_q", "f_k", "d_fq", "d_fk")
+_RINGS = ("ring_k", "ring_f", "ring_v")
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _PACKED = ("lengths",)
 _ROWS = ("lengths", "cu_seqlens", "table", "log_decay", "s0", "z0", "d_s1", "d_z1", "d_s0", "d_z0")
@@ -39,6 +41,8 @@ def builds() -> Builds:
     options = constants(config, config.sums, True, "elu", GROUP=1) | {"num_warps": 4}
     yield _build(step_token, options | {"BV": 128}, bf16, ("lengths", "log_decay"))
     yield _build(step_tokens, options | {"BV": 64, "CHUNK": 16, "PIECES": True}, bf16, ("lengths", "log_decay"))
+    for dim, features, dtype in ((64, 128, bf16), (128, 256, bf16), (64, 64, torch.float32)):
+        yield _hybrid_step(dim, features, dtype)
 
 
 def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, absent: tuple[str, ...]) -> Builds:
@@ -89,6 +93,15 @@ def _hybrid(dim: int, dtype: torch.dtype) -> Builds:
         yield build._replace(name=f"{build.name} late")
 
 
+def _hybrid_step(dim: int, features: int, dtype: torch.dtype) -> Build:
+    """The hybrid's step over a window of 64, three query heads a key head."""
+    from attnzoo.ops.linear.triton.kernels_hybrid_step import hybrid_step
+
+    options = step_constants(3, dim, features, dim, 63) | {"NORMALIZE": True, "PIECES": dtype != torch.float32}
+    options |= {"MAP": "elu" if features == dim else "identity", "OWN_KEYS": features != dim}
+    return _build(hybrid_step, options, dtype, ("lengths",))
+
+
 def _hopper() -> Build:
     """The kernel for Hopper GPUs."""
     from attnzoo.ops.linear.triton.hopper import hopper_attend
@@ -108,12 +121,14 @@ def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tup
         name = parameter.name
         if parameter.is_constexpr or name in absent:
             signature[name], fixed[name] = "constexpr", options.get(name)
-        elif name in _INPUTS:
+        elif name in (*_INPUTS, *_RINGS):
             signature[name] = _TYPES[dtype]
         elif name in _STATES or name in _FLOATS:
             signature[name] = "*fp32"
         elif name in _INTEGERS:
             signature[name] = "*i32"
+        elif name == "before":
+            signature[name] = "*i64"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     label = f"{kernel.__name__} {options['D']} {str(dtype).removeprefix('torch.')}"
