@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnzoo.ops.softmax.triton.hopper_steps import in_pairs, out_of_pairs, scores_of, softmax_of, step
+from attnzoo.ops.softmax.triton.hopper_steps import by_lane, in_pairs, out_of_pairs, scores_of, softmax_of, step
 from attnzoo.ops.softmax.triton.hopper_tiles import clear_rows, piece_of, walk_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -57,9 +57,7 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     TURNS: gl.constexpr,  # one group's exponentials under another's products
-    # 0, or scores lie within a softcap so low that exponentials need no maximum subtracted; then it is how many of a
-    # thread's scores one branch of `hopper_cap.py` decides on.
-    BOUNDED: gl.constexpr,
+    BOUNDED: gl.constexpr,  # scores lie within a softcap so low that exponentials need no maximum subtracted
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
 ):
@@ -191,7 +189,10 @@ def _consume(
                     mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
                     clear_rows(v_here.index(slot).reshape((N, BLOCK)), k_rows - (hi - 1) * N, BLOCK, N)
             top = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, by_row)
-            total = gl.zeros([64], gl.float32, by_row)
+            if BOUNDED:
+                total = gl.zeros_like(by_lane(s, N))
+            else:
+                total = gl.zeros([64], gl.float32, by_row)
             weights, top, total, _shrink = softmax_of(
                 s, hi - 1, i, k_rows, sizes, scale, softcap, top, total, N, BOUNDED, True, LEFT, RIGHT, mma_s
             )
@@ -227,6 +228,8 @@ def _consume(
             acc = warpgroup_mma(p, v_here.index(last).reshape((N, BLOCK)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
 
+            if BOUNDED:
+                total = gl.convert_layout(gl.sum(total, 1), by_row)
             blind = total == 0.0
             if sinks is not None:
                 sink = gl.load(sinks + head).to(gl.float32) * LOG2E

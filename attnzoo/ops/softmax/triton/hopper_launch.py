@@ -95,7 +95,7 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
         "STAGES": cut.stages,
         "CONSUMERS": cut.groups,
         "TURNS": cut.turns,
-        "BOUNDED": 0 if softcap is None else _together(x, pattern, block),
+        "BOUNDED": softcap is not None,
         "LEFT": pattern.left,
         "RIGHT": pattern.right,
     }
@@ -201,11 +201,6 @@ def _factors(x: Arguments) -> tuple[float, float | None]:
     if x.softcap is None:
         return x.scale * math.log2(math.e), None
     return x.scale / x.softcap, x.softcap * math.log2(math.e)
-
-
-def _together(x: Arguments, pattern: Pattern, block: int) -> int:
-    """Scores of a thread that one branch of a softcap decides on: 64 is faster, and measured for these calls alone."""
-    return 64 if block == 128 and pattern.right and not pattern.left and x.cu_q is None else 32
 
 
 def _documents(own: Tensor | None, other: Tensor | None, each: int, rows: int, sort: Pattern | None = None) -> Tensor:

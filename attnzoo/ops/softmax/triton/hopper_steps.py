@@ -55,9 +55,12 @@ def softmax_of(
     s, number, i, k_rows, sizes, scale, softcap, top, total, N: gl.constexpr, BOUNDED: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, mma_s: gl.constexpr,
 ):  # fmt: skip
-    """Unscaled weights of the keys of tile `number`; each row's greatest score and sum; what the old ones shrink by."""
+    """Unscaled weights of the keys of tile `number`; each row's greatest score and sum; what the old ones shrink by.
+
+    BOUNDED sums are kept by lane, as nothing but the end asks for the whole.
+    """
     if softcap is not None:
-        s = capped(s, scale, softcap, BOUNDED)
+        s = capped(s, scale, softcap)
         scale = 1.0
     if MASKED:
         j = (number * N + gl.arange(0, N, layout=gl.SliceLayout(0, mma_s)))[None, :]
@@ -67,10 +70,10 @@ def softmax_of(
         if LEFT:
             seen = seen & (j > i[:, None] - sizes[8])
         s = gl.where(seen, s, float("-inf"))
-    shrink = total
+    shrink = top
     if BOUNDED:
         weights = gl.exp2(s * scale)
-        total = total + gl.sum(weights, 1)
+        total = total + by_lane(weights, N)
     else:
         higher = gl.maximum(top, gl.max(s, 1) * scale)
         weights = gl.exp2(s * scale - higher[:, None])
@@ -78,6 +81,12 @@ def softmax_of(
         total = total * shrink + gl.sum(weights, 1)
         top = higher
     return weights, top, total, shrink
+
+
+@gluon.jit
+def by_lane(weights, N: gl.constexpr):
+    """Sums of `[64, N]` numbers over the columns that are in one thread."""
+    return gl.sum(weights.reshape((64, N // 8, 8)), 1)
 
 
 @gluon.jit
