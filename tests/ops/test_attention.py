@@ -107,6 +107,14 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, mask, shape, dtyp
         assert_as_accurate(name, *one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiled_gives_a_query_and_its_only_key_no_gradient_not_even_rounding(dtype) -> None:
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in draw(4, 2, 150, 150, 24, 16))
+    out = ops.attention(q, k, v, mask=SlidingWindow(1), backend="tiled")
+    dq, dk = torch.autograd.grad(out, (q, k), torch.randn_like(out))
+    assert (dq == 0).all() and (dk == 0).all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("mask", [None, Causal(), SlidingWindow(2)])
 def test_packed_documents_equal_a_loop_over_documents(backend, mask) -> None:

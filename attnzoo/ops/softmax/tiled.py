@@ -86,7 +86,6 @@ def tiled_attention(
 def tiled_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,
-    out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,24 +119,26 @@ def tiled_attention_backward(
             tile = x.load(row)
             shape = tile.scores.shape[2:4]
             where = (slice(None), row.q_heads, row.queries)
-            row_out, row_d_out = (t[where].to(dtype).unflatten(1, (-1, shape[0])) for t in (out, d_out))
+            row_d_out = d_out[where].to(dtype).unflatten(1, (-1, shape[0]))
             row_d_lse = d_lse[where].to(dtype).unflatten(1, (-1, shape[0]))[..., None]
             if tile.sees is not None:
                 row_d_out, row_d_lse = (t.masked_fill(~tile.sees, 0) for t in (row_d_out, row_d_lse))
             p, total, top = tile.exponentials()
-            p = p / total
+            p = p.div_(total)
             flat_d_out = row_d_out.flatten(2, 3)
             x.add(d_v, row, x.drop(p, row).flatten(2, 3).mT @ flat_d_out)
             d_p = x.drop((flat_d_out @ tile.v.mT).unflatten(2, shape), row)
-            delta = (row_d_out * row_out).sum(-1, keepdim=True) - row_d_lse
-            d_scores = p * (d_p - delta)
+            # A row is whole here. The sum of dO * O is the same but rounded apart from dP, and where a query sees few
+            # keys the two must cancel.
+            delta = (p * d_p).sum(-1, keepdim=True) - row_d_lse
+            d_scores = d_p.sub_(delta).mul_(p)
             if tile.sink is not None:
                 d_sinks[row.q_heads] -= (torch.exp(tile.sink - top) / total * delta).sum((0, 3, 4)).flatten()
             if bias is not None and wants_bias:
                 x.add_bias(d_bias, row, d_scores)
             if softcap:
                 d_scores = d_scores * (1 - (tile.capped / softcap) ** 2)
-            d_scores = (d_scores * scale).flatten(2, 3)
+            d_scores = d_scores.mul_(scale).flatten(2, 3)
             d_q[where] = (d_scores @ tile.k).unflatten(2, shape).flatten(1, 2).to(q.dtype)
             x.add(d_k, row, d_scores.mT @ tile.q)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks, d_bias
@@ -149,7 +150,7 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 
 @tiled_attention_backward.register_fake
-def _(d_out, d_lse, out, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
+def _(d_out, d_lse, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
     bias, _, wants_bias = rest[9:] or (None, None, False)
     dtype = accumulation_dtype(q.dtype)
     d_sinks = q.new_empty(0 if sinks is None else sinks.shape[0], dtype=dtype)
@@ -158,15 +159,15 @@ def _(d_out, d_lse, out, q, k, v, sinks, *rest):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[0], *inputs[:9], *inputs[13:])
+    ctx.save_for_backward(*inputs[:9], *inputs[13:])
     ctx.rest = inputs[9:13]
 
 
 def _backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-    out, *inputs, bias, slopes = ctx.saved_tensors
+    *inputs, bias, slopes = ctx.saved_tensors
     sinks, wants_bias = inputs[3], bias is not None and ctx.needs_input_grad[13]
     d_q, d_k, d_v, d_sinks, d_bias = tiled_attention_backward(
-        d_out, d_lse, out, *inputs, *ctx.rest, bias, slopes, wants_bias
+        d_out, d_lse, *inputs, *ctx.rest, bias, slopes, wants_bias
     )
     d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
     d_bias = d_bias.to(bias.dtype) if wants_bias else None

@@ -261,7 +261,7 @@ def test_tiled_memory_with_a_broadcast_bias_and_alibi_is_linear_in_length() -> N
         rest = (*[None] * 6, SlidingWindow(100).text, 0.25, 0.0, 0.0, torch.randn(1, 2, 1, length), slopes_of(2)[None])
         with Largest() as largest:
             out, lse = tiled_attention._init_fn(q, k, v, *rest)
-            tiled_attention_backward._init_fn(torch.ones_like(out), torch.zeros_like(lse), out, q, k, v, *rest, True)
+            tiled_attention_backward._init_fn(torch.ones_like(out), torch.zeros_like(lse), q, k, v, *rest, True)
         sizes.append(largest.size)
     assert sizes[1] <= 4.1 * sizes[0]
 
