@@ -206,7 +206,7 @@ def arguments(kind: str = "paged int8") -> tuple[Any, ...]:
     starts = held.lengths.more
     shared = [held.lengths.base, held.lengths.base - 1, kept.base]
     tables = (held.table, held.lengths.more, starts, kept.more, None)
-    return (q, list(held.k), list(held.v), recent, *tables, shared, held.longest, 2**30, 0, False, 0.25, None)
+    return (q, list(held.k), list(held.v), recent, *tables, shared, held.longest, 2**30, 0, 0, False, 0.25, None)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged int8"])

@@ -7,13 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.masks import Causal, Full, Mask, SlidingWindow
+from attnzoo.masks import Mask
 from attnzoo.ops.decoding.common import Call
+from attnzoo.ops.decoding.limits import limits
 from attnzoo.ops.decoding.stored import Rows
 from attnzoo.ops.decoding.triton.op import decode, decode_op
 from attnzoo.ops.launching import is_plain, triton_reasons
 
-_UNBOUNDED = 2**30  # keys; no row is as long
 _MOST_QUERIES = 16
 _WIDEST = 256
 
@@ -24,11 +24,13 @@ def reasons(call: Call) -> list[str]:
     k, v = held.k[0], held.v[0]
     trained = torch.is_grad_enabled() and (q.requires_grad or (call.sinks is not None and call.sinks.requires_grad))
     cast = torch.is_autocast_enabled(q.device.type)
-    pattern = call.mask.pattern if bounds(call.mask) is None else None
+    limit = limits(call.mask)
+    pattern = call.mask.pattern if limit is None else None
+    moved = limit is not None and limit.prefix > 0 and not (isinstance(held.origin, int) and held.origin == 0)
     sizes = q.shape[2], k.shape[3], v.shape[3]
     dense, alike = k.stride(3) == v.stride(3) == 1, len(held.k) == len(held.v)
     found = _reasons if torch.compiler.is_compiling() else _kept_reasons
-    return list(found(q.device, q.dtype, held.dtype, sizes, pattern, dense, alike, cast, trained))
+    return list(found(q.device, q.dtype, held.dtype, sizes, pattern, moved, dense, alike, cast, trained))
 
 
 def _reasons(
@@ -37,6 +39,7 @@ def _reasons(
     kept: torch.dtype,
     sizes: tuple[int, int, int],
     pattern: str | None,
+    moved: bool,
     dense: bool,
     alike: bool,
     cast: bool,
@@ -45,6 +48,8 @@ def _reasons(
     out, (q_len, dim, v_dim) = triton_reasons(device), sizes
     if pattern is not None:
         out.append(f"has no {pattern!r} mask")
+    if moved:
+        out.append("finds first tokens only where nothing was dropped")
     if q_len > _MOST_QUERIES:
         out.append(f"takes up to {_MOST_QUERIES} queries, not {q_len}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -70,8 +75,8 @@ _kept_reasons = lru_cache(maxsize=256)(_reasons)
 def run(call: Call) -> Tensor:
     """The result, `[B, Hq, Sq, Dv]`."""
     q, held = call.q, call.stored
-    limits = bounds(call.mask)
-    assert limits is not None
+    limit = limits(call.mask)
+    assert limit is not None
     start = rows_of(call.starts - held.origin)
     kept = Rows(0) if held.kept is None else held.kept
     return (decode if is_plain(q) else decode_op)(
@@ -86,7 +91,7 @@ def run(call: Call) -> Tensor:
         call.sinks,
         (held.lengths.base, start.base, kept.base),
         held.longest,
-        *limits,
+        *limit,
         held.ring,
         q.shape[-1] ** -0.5 if call.scale is None else call.scale,
         call.softcap,
@@ -95,13 +100,8 @@ def run(call: Call) -> Tensor:
 
 def bounds(mask: Mask) -> tuple[int, int] | None:
     """(back, ahead): query i sees key j iff -ahead <= i - j < back; None for a mask that does not say so."""
-    if isinstance(mask, Full):
-        return _UNBOUNDED, _UNBOUNDED
-    if isinstance(mask, Causal):
-        return _UNBOUNDED, 0
-    if isinstance(mask, SlidingWindow):
-        return min(mask.window, _UNBOUNDED), min(mask.ahead, _UNBOUNDED)
-    return None
+    limit = limits(mask)
+    return None if limit is None or limit.prefix else limit[:2]
 
 
 def rows_of(value: int | Tensor) -> Rows:

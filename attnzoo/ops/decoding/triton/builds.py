@@ -30,6 +30,9 @@ def builds() -> Builds:
     yield _build("decode int8 asymmetric", codes=2, SOFTCAP=True)
     yield _build("decode int8 odd sizes", "fp16", codes=1, D=72, DV=72)
     yield _build("decode int8 paged", codes=1, tensors=("TABLE", *_ROWS), PAGE=64, RECENT=True, split=True)
+    yield _build("decode first tokens and a window", first_tokens=True, split=True)
+    paged = ("TABLE", *_ROWS)
+    yield _build("decode first tokens int8 paged", codes=1, tensors=paged, PAGE=64, RECENT=True, first_tokens=True)
     yield from _stores()
     constants = {"DV": 512} | merge_constants(merge_for(1, 4, 512, 4))
     del constants["SHARE"]
@@ -66,6 +69,7 @@ def _build(
     codes: int = 0,
     split: bool = False,
     least: int = 80,
+    first_tokens: bool = False,
     **constants: Any,
 ) -> Build:
     given: dict[str, Any] = {"D": 128, "DV": 128, "Q_LEN": 1, "PAGE": 0, "RING": False, "RECENT": False} | constants
@@ -88,6 +92,7 @@ def _build(
     types |= {"PART": "*fp32", "ARRIVED": "*i64"} if split else {}
     types |= {"RECENT_K": f"*{dtype}", "RECENT_V": f"*{dtype}"} if given["RECENT"] else {}
     types |= {name: "*i32" if name == "TABLE" else "*fp32" if name == "SINKS" else "*i64" for name in tensors}
+    types |= {"prefix": "i32"} if first_tokens else {}
     signature = {}
     for argument in decode_kernel.arg_names:
         if argument in types:
@@ -96,8 +101,8 @@ def _build(
             signature[argument] = "fp32"
         elif argument.partition("_")[2] in ("batch", "block", "head", "token"):
             given[argument] = 1024  # strides are multiples of 16, and without that nothing is copied in vectors
-        elif argument.islower():
+        elif argument.islower() and argument != "prefix":
             signature[argument] = "i32"
         else:
-            given.setdefault(argument, None)  # a tensor that this build has none of
+            given.setdefault(argument, None)  # what this build has none of
     return Build(name, decode_kernel, signature, given, tiles.num_warps, tiles.num_stages, least)

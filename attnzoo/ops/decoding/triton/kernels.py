@@ -19,6 +19,7 @@ from attnzoo.ops.decoding.triton.tiles import (
     LOG2E,
     NOWHERE,
     attend,
+    before_window,
     hide,
     load_vectors,
     scores,
@@ -29,7 +30,7 @@ from attnzoo.ops.decoding.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "splits"])
+@triton.jit(do_not_specialize=["length", "start", "kept", "back", "ahead", "prefix", "splits"])
 def decode_kernel(
     Q,  # [B, Hk * GROUP, Q_LEN, D]
     K, K_SCALE, K_OFFSET,  # [blocks, Hk, size, D]; scales and offsets dense [blocks, Hk, size]
@@ -43,6 +44,7 @@ def decode_kernel(
     ARRIVED,  # [B, programs of one split]: see `merge_here`
     length, start, kept,  # what all rows share
     back, ahead,  # query i sees key j iff -ahead <= i - j < back
+    prefix,  # or j < prefix and j <= i; None: there is no such thing
     scale, softcap, splits,
     size, recent_size, heads, k_heads, table_width,
     q_batch, q_head, q_token,
@@ -83,8 +85,11 @@ def decode_kernel(
         fresh = tl.maximum(length - tl.minimum(kept, recent_size), 0)  # tokens from here on are in the ring
     else:
         fresh = length
+    seen = first
+    if prefix is not None:
+        first, fresh = before_window(seen, fresh, length, prefix)
     low, high = split_of(first, tl.minimum(last, fresh), i_split, splits, SPLIT, BLOCK_N)
-    before, whole, total = whole_tiles(low, high, first, start, Q_LEN, back, ahead, BLOCK_N)
+    before, whole, total = whole_tiles(low, high, seen, start, Q_LEN, back, ahead, BLOCK_N)
 
     b_max = tl.full([BLOCK_M], DEAD, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -153,6 +158,8 @@ def decode_kernel(
     for i_n in tl.range(0, total - whole, num_stages=1):  # tiles at the edges
         n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
         live = (n >= first) & (n < high)
+        if prefix is not None:
+            n = tl.where(n < seen, n - first, n)
         if PAGE > 0:
             page, place = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
             k_from, v_from, s_from = page * k_block, page * v_block, page * s_block
@@ -169,14 +176,14 @@ def decode_kernel(
         if INTEGER:
             b_v = load_words(V, v_from, place, v_token, live, DV)
             b_s = integer_scores(b_halves, b_unit, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT)
-            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_s = hide(b_s, b_query, n, live, back, ahead, prefix)
             b_max, b_sum, acc_0, acc_1, acc_2, acc_3 = integer_attend(
                 b_s, b_v, v_scale, v_offset, b_max, b_sum, acc_0, acc_1, acc_2, acc_3, QUANT
             )
         else:
             b_v = load_vectors(V, v_from, place, v_token, o_dv, live, DV, BLOCK_DV)
             b_s = scores(b_q, b_k, k_scale, k_offset, b_qsum, scale, softcap, SOFTCAP, QUANT, PRECISION)
-            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_s = hide(b_s, b_query, n, live, back, ahead, prefix)
             b_max, b_sum, b_acc = attend(b_s, b_v, v_scale, v_offset, b_max, b_sum, b_acc, b_q.dtype, QUANT, PRECISION)
 
     if INTEGER:
@@ -191,11 +198,13 @@ def decode_kernel(
         for n0 in range(low, high, 16):  # small tiles: these few tokens must not cost the other loops registers
             n = n0 + tl.arange(0, 16)
             live = n < high
+            if prefix is not None:
+                n = tl.where(n < seen, n - first, n)
             fresh_slot = n % recent_size
             b_k = load_vectors(RECENT_K, row * 0, fresh_slot, D, o_d, live, D, BLOCK_D)
             b_v = load_vectors(RECENT_V, row * 0, fresh_slot, DV, o_dv, live, DV, BLOCK_DV)
             b_s = scores(b_q, b_k, None, None, None, scale, softcap, SOFTCAP, 0, PRECISION)
-            b_s = hide(b_s, b_query, n, live, back, ahead)
+            b_s = hide(b_s, b_query, n, live, back, ahead, prefix)
             b_max, b_sum, b_acc = attend(b_s, b_v, None, None, b_max, b_sum, b_acc, b_q.dtype, 0, PRECISION)
 
     b_sum = tl.where(b_query > NOWHERE, b_sum, 0.0)

@@ -38,6 +38,7 @@ def decode(
     longest: int,
     back: int,
     ahead: int,
+    prefix: int,
     ring: bool,
     scale: float,
     softcap: float | None,
@@ -52,7 +53,7 @@ def decode(
         lengths, starts, kept: `[B]` integers that are added to `shared`, which holds one number of each for all rows.
         sinks: `[Hq]`.
         longest: no row has more keys.
-        back, ahead: query i sees key j iff -ahead <= i - j < back.
+        back, ahead, prefix: query i sees key j iff -ahead <= i - j < back, or j < prefix and j <= i.
         ring: whether k and v are rings.
         scale: of the scores.
         softcap: of the scores, or none.
@@ -63,10 +64,10 @@ def decode(
     plan = plans.get(
         (
             *(q.shape, q.stride(), q.dtype, q.device, form_of(k, v, recent)),
-            *(ring, back, ahead, scale, softcap, longest < 2**31, dtypes_of(table, lengths, starts, kept, sinks)),
-            None if table is None else table.stride(0),
+            *(ring, back, ahead, prefix, scale, softcap, longest < 2**31),
+            *(dtypes_of(table, lengths, starts, kept, sinks), None if table is None else table.stride(0)),
         ),
-        lambda: _planned(q, k, v, recent, table, back, ahead, ring, scale, softcap),
+        lambda: _planned(q, k, v, recent, table, back, ahead, prefix, ring, scale, softcap),
     )
     out = q.new_empty(plan.shape)
     if plan.programs == 0:
@@ -123,6 +124,7 @@ def _planned(
     table: Tensor | None,
     back: int,
     ahead: int,
+    prefix: int,
     ring: bool,
     scale: float,
     softcap: float | None,
@@ -155,7 +157,7 @@ def _planned(
     }
 
     def launch(splits: int) -> Repeat:
-        numbers = (back, ahead, scale, 0.0 if softcap is None else softcap, splits)
+        numbers = (back, ahead, prefix or None, scale, 0.0 if softcap is None else softcap, splits)
         merging = merging_for(splits, min(rows, tiles.block_m), v_dim, tiles.num_warps)
         return Repeat(
             launcher(),
@@ -168,7 +170,8 @@ def _planned(
 
     shape = batch, heads, q_len, v_dim
     programs = batch * k_heads * m_tiles if v_dim else 0
-    return Plan(shape, tiles, programs, back + ahead + q_len, num_multiprocessors(index) * tiles.resident, launch, {})
+    reach = back + ahead + q_len + prefix
+    return Plan(shape, tiles, programs, reach, num_multiprocessors(index) * tiles.resident, launch, {})
 
 
 decode_op = torch.library.custom_op("attnzoo::decode", decode, mutates_args=())
@@ -214,6 +217,7 @@ def _(
     longest: int,
     back: int,
     ahead: int,
+    prefix: int,
     ring: bool,
     scale: float,
     softcap: float | None,

@@ -21,6 +21,18 @@ def seen_keys(start, length, Q_LEN: tl.constexpr, back, ahead):
 
 
 @triton.jit
+def before_window(seen, fresh, length, prefix):
+    """The first place of a walk that takes the prefix's keys before those from `seen` on; and `fresh` as a place.
+
+    A place from `seen` on is a key's own position. Those just before `seen` are keys 0, 1, ... of the prefix: no key is
+    walked twice, and none that lies between.
+    """
+    count = tl.minimum(tl.minimum(prefix, seen), length)
+    first = seen - count
+    return first, tl.where(fresh < seen, first + tl.minimum(fresh, count), fresh)
+
+
+@triton.jit
 def split_of(first, last, i_split, splits, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The part of the keys that split `i_split` walks; tiles begin at multiples of BLOCK_N."""
     low = first // BLOCK_N * BLOCK_N
@@ -85,10 +97,14 @@ def scores(
 
 
 @triton.jit
-def hide(b_s, b_query, n, live, back, ahead):
+def hide(b_s, b_query, n, live, back, ahead, prefix=None):
     """Scores with those of keys that are not seen dead."""
     distance = b_query[:, None] - n[None, :]
-    visible = live[None, :] & (distance < back) & (distance >= -ahead) & (b_query > NOWHERE)[:, None]
+    if prefix is None:
+        visible = live[None, :] & (distance < back)
+    else:
+        visible = live[None, :] & ((distance < back) | (n < prefix)[None, :])
+    visible = visible & (distance >= -ahead) & (b_query > NOWHERE)[:, None]
     return tl.where(visible, b_s, DEAD)
 
 
