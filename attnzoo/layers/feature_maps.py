@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from attnzoo.ops.linear.hedgehog import hedgehog_features
+
 
 class RandomFeatures(nn.Module):
     """FAVOR+, positive orthogonal random features (Performer, arXiv 2009.14794).
@@ -79,9 +81,7 @@ class Hedgehog(nn.Module):
 
     def forward(self, x: Tensor, *, query: bool) -> Tensor:
         """Features `[B, H, S, 2 * head_dim]` of `x [B, H, S, head_dim]`, in x's dtype; the softmaxes run in fp32."""
-        scores = x @ (self.q_weight if query else self.k_weight).to(x.dtype)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return torch.cat([scores.softmax(-1), (-scores).softmax(-1)], dim=-1).to(x.dtype)
+        return hedgehog_features(x, self.q_weight if query else self.k_weight)
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:

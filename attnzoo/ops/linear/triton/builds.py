@@ -17,7 +17,7 @@ _STATES = ("s0", "z0", "s1", "z1", "sums", "z_sums", "inverses", "dots", "d_s0",
 _FLOATS = ("top", "row_sums", "gain", "log_decay", "weights", "near_weights")
 _INTEGERS = ("lengths", "cu_seqlens", "table", "firsts", "arg")
 _INPUTS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "f_q", "f_k", "d_fq", "d_fk")
-_RINGS = ("ring_k", "ring_f", "ring_v")
+_OTHERS = ("ring_k", "ring_f", "ring_v", "x", "weight")  # of the inputs' dtype as well
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _PACKED = ("lengths",)
 _ROWS = ("lengths", "cu_seqlens", "table", "log_decay", "s0", "z0", "d_s1", "d_z1", "d_s0", "d_z0")
@@ -32,7 +32,7 @@ def builds() -> Builds:
         yield from list(_walks(dim, dtype, "elu", True, absent=_PACKED))[1::2]
     yield from _hybrid(64, bf16)
     yield from _hybrid(128, bf16)
-    yield _hopper()
+    yield from _hopper()
     config = configure(128, 128, bf16, bf16)
     from attnzoo.ops.linear.triton.kernels_step import step_token, step_tokens
     from attnzoo.ops.linear.triton.kernels_sums import join_parts
@@ -43,6 +43,11 @@ def builds() -> Builds:
     yield _build(step_tokens, options | {"BV": 64, "CHUNK": 16, "PIECES": True}, bf16, ("lengths", "log_decay"))
     for dim, features, dtype in ((64, 128, bf16), (128, 256, bf16), (64, 64, torch.float32)):
         yield _hybrid_step(dim, features, dtype)
+    from attnzoo.ops.linear.triton.kernels_hedgehog import hedgehog
+
+    for dim, dtype in ((128, bf16), (64, torch.float32)):
+        sizes = {"D": dim, "BD": dim, "BM": 16, "PRECISION": "ieee", "NORMALIZE": True}
+        yield _build(hedgehog, sizes | {"num_warps": 4, "num_stages": 1}, dtype, ())
 
 
 def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, absent: tuple[str, ...]) -> Builds:
@@ -61,7 +66,7 @@ def _walks(dim: int, dtype: torch.dtype, feature_map: str, normalize: bool, abse
         (keys.grad_values, config.values, False),
         (keys.grad_keys, config.keys, True),
     ):
-        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "STATE_FIRST": tiles.state_first}
+        more = {"CAUSAL": True, "GROUP": 1, "SKIP_LAST": True, "FOLLOWED": False, "STATE_FIRST": tiles.state_first}
         more["FULL"] = more["ALIKE"] = "s0" in absent
         options = constants(config, tiles, normalize, feature_map, by_features=by_features, **more)
         late = () if kernel.__name__.startswith("sum") else ("near_weights", "lag")
@@ -102,16 +107,21 @@ def _hybrid_step(dim: int, features: int, dtype: torch.dtype) -> Build:
     return _build(hybrid_step, options, dtype, ("lengths",))
 
 
-def _hopper() -> Build:
-    """The kernel for Hopper GPUs."""
+def _hopper() -> Builds:
+    """The kernel for Hopper GPUs, and the sums of parts that it follows."""
     from attnzoo.ops.linear.triton.hopper import hopper_attend
+    from attnzoo.ops.linear.triton.kernels_sums import sum_parts
 
+    config = configure(64, 64, torch.bfloat16, torch.bfloat16)
+    options = constants(config, config.sums, True, "elu", SKIP_LAST=True, FOLLOWED=True, FULL=True)
+    followed = _build(sum_parts, options, torch.bfloat16, _ROWS)
+    yield followed._replace(name=f"{followed.name} followed", least=90)
     fixed: dict[str, Any] = {"NORMALIZE": True, "MAP": "elu", "s0": None, "z0": None, **OPTIONS}
     swizzled = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
     known = dict.fromkeys(_STATES, "*fp32") | {"scale": "fp32"}
     known |= {f"{name}_tiles": f"tensordesc<bf16[1, 1, 64, 64],{swizzled}>" for name in ("q", "k", "v", "out")}
     signature = {name: "constexpr" if name in fixed else known.get(name, "i32") for name in hopper_attend.arg_names}
-    return Build("hopper_attend 64 bfloat16", hopper_attend, signature, fixed, least=90, most=90)
+    yield Build("hopper_attend 64 bfloat16", hopper_attend, signature, fixed, least=90, most=90)
 
 
 def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tuple[str, ...]) -> Build:
@@ -121,7 +131,7 @@ def _build(kernel: Any, options: dict[str, Any], dtype: torch.dtype, absent: tup
         name = parameter.name
         if parameter.is_constexpr or name in absent:
             signature[name], fixed[name] = "constexpr", options.get(name)
-        elif name in (*_INPUTS, *_RINGS):
+        elif name in (*_INPUTS, *_OTHERS):
             signature[name] = _TYPES[dtype]
         elif name in _STATES or name in _FLOATS:
             signature[name] = "*fp32"

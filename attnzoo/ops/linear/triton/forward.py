@@ -52,7 +52,10 @@ def attend(
         join(s0, z0, *found, s1, z1, k_parts, normalize, config)
         before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
     elif parts.several:
-        sums, z_sums = sum_keys(k, v, log_decay, lengths, cu_seqlens, feature_map, normalize, parts, config)
+        full = is_full(length, config, lengths, cu_seqlens)
+        followed = log_decay is None and hopper_launch.takes(q, k, v, out, config, causal=True, full=full)
+        where = (log_decay, lengths, cu_seqlens)
+        sums, z_sums = sum_keys(k, v, *where, feature_map, normalize, parts, config, followed=followed)
         before = (s0, z0, sums, z_sums)
     kind = (feature_map, normalize, causal, scale)
     last = (s1, z1) if causal else (None, None)
@@ -149,8 +152,12 @@ def sum_keys(
     *,
     lag: int = 0,
     skip_last: bool = True,
+    followed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for last parts if skipped."""
+    """What each part's keys add to the state, `[P, Hk, D, Dv]` and `[P, Hk, D]`; unset for last parts if skipped.
+
+    `followed`: `hopper_launch.attend` is launched next, and may begin at once.
+    """
     from attnzoo.ops.linear.triton import kernels_sums as kernels
 
     kv_heads, tiles = k.shape[1], config.sums
@@ -173,7 +180,7 @@ def sum_keys(
         parts.parts,
         parts.part,
         lag,
-        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last, FULL=full),
+        **constants(config, tiles, normalize, feature_map, SKIP_LAST=skip_last, FOLLOWED=followed, FULL=full),
     )
     return sums, z_sums
 

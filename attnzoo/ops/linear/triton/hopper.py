@@ -4,6 +4,9 @@ A program walks over the chunks of a part as `kernels_forward.attend` does. What
 product waits for the last one; here a chunk's products with keys, state and normaliser and the state's own update begin
 together, and the normaliser's sums are made meanwhile. Tiles are copied by TMA, and mapped where they then are.
 
+Programs begin beside the one that sums the parts: those of first parts need no sums, and the others copy their first
+tiles before they wait for them.
+
 Gluon, and so without an interpreter: `attend` takes the same calls, and is what this one is tested against.
 """
 
@@ -63,12 +66,11 @@ def hopper_attend(
         mbarrier.init(full.index(n), count=1)
     fence_async_shared()
 
-    program = gl.program_id(0)
-    q_head = gl.program_id(1)
+    row = gl.program_id(0) // heads
+    q_head = gl.program_id(0) % heads
+    place = gl.program_id(1)  # the first parts of all sequences come first
     head = q_head // group
     kv_heads = heads // group
-    row = program // parts
-    place = program % parts
     start = place * part
     chunks = gl.minimum(part, length - start) // 64
     places = (q_here, k_here, v_here)
@@ -90,8 +92,10 @@ def hopper_attend(
         if NORMALIZE:
             before = gl.load(z0 + index * 64 + z_columns)
     if sums is not None:
+        if place > 0:
+            gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
         for earlier in range(0, place):
-            index = ((program - place + earlier) * kv_heads + head).to(gl.int64)
+            index = ((row * parts + earlier) * kv_heads + head).to(gl.int64)
             s += gl.load(sums + index * 4096 + inside)
             if NORMALIZE:
                 before += gl.load(z_sums + index * 64 + z_columns)

@@ -44,7 +44,8 @@ def attend(
     sizes = (heads, heads // k.shape[1], length, parts.parts, parts.part, scale)
     constants = {"NORMALIZE": normalize, "MAP": feature_map, **OPTIONS}
     arguments = (*tiles, inverses, *before, *last, *sizes)
-    launcher_of(hopper_attend)((parts.programs, heads), arguments, constants, num_warps=4)
+    grid = q.shape[0] * heads, parts.parts
+    launcher_of(hopper_attend)(grid, arguments, constants, num_warps=4, launch_pdl=before[2] is not None)
 
 
 def _tiles(t: Tensor) -> Any:

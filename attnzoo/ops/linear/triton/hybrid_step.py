@@ -15,7 +15,7 @@ from attnzoo.ops.linear.triton.shapes import power_of_two
 
 _LARGEST = 256  # of keys and values; a program holds all columns of its outputs
 _GROUP = 32  # query heads of a program
-_SLAB = 8192  # elements of the state that a program looks at together
+_SLAB = 4096  # elements of the state that a program looks at together
 _WARPS, _STAGES = 4, 1  # tokens of one call read what the one before wrote: nothing may be fetched ahead
 
 

@@ -53,6 +53,7 @@ def sum_parts(
     part,
     lag,
     SKIP_LAST: tl.constexpr,
+    FOLLOWED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MAP: tl.constexpr,
     D: tl.constexpr,
@@ -64,7 +65,12 @@ def sum_parts(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the keys of each part, `lag` tokens late, add to the state."""
+    """sums [P, Hk, D, DV] and z_sums [P, Hk, D]: what the keys of each part, `lag` tokens late, add to the state.
+
+    FOLLOWED: by a kernel that may begin now, as it waits where it reads them.
+    """
+    if FOLLOWED:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
     head, v0 = tl.program_id(1), tl.program_id(2) * BV
     here = locate(lengths, cu_seqlens, table, length, parts, part)
     if here.place < 0:
