@@ -8,13 +8,15 @@ from torch import Tensor
 
 from attnzoo.caches import ContiguousCache, Int8Cache, PagedCache, PagedInt8Cache
 from attnzoo.caches.token_cache import TokenCache
-from attnzoo.masks import Causal, Full, SlidingWindow
+from attnzoo.masks import Causal, Full, GlobalTokens, Mask, SlidingWindow
 from attnzoo.ops import decode
-from attnzoo.ops.decoding import Rows, Stored
+from attnzoo.ops.decoding import Rows, Stored, explain_decode
 from attnzoo.ops.decoding.reference import decode_reference
 from tests.support.compare import assert_as_accurate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+FIRST_AND_NEAR = SlidingWindow(252) | (GlobalTokens(4) & Causal())
 
 
 def filled(kind: str, counts: list[int], heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> TokenCache:
@@ -33,9 +35,9 @@ def filled(kind: str, counts: list[int], heads: int = 2, dtype: torch.dtype = to
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (4, 1), (8, 1), (32, 1), (5, 3), (8, 16)])
-@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(1000)], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(1000), FIRST_AND_NEAR], ids=str)
 def test_long_rows_err_at_most_twice_as_much_as_plain_pytorch(
-    kind: str, dtype: torch.dtype, group: int, q_len: int, mask: Causal | SlidingWindow
+    kind: str, dtype: torch.dtype, group: int, q_len: int, mask: Mask
 ) -> None:
     counts = [6001, 17, 8192]
     cache = filled(kind, counts, dtype=dtype)
@@ -64,14 +66,16 @@ def test_short_vectors_over_long_rows(dtype: torch.dtype, group: int) -> None:
     assert_as_accurate("out", decode(q, cache, mask=Causal(), backend="triton"), plain, exact)
 
 
+@pytest.mark.parametrize("mask", [Full(), FIRST_AND_NEAR], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "int8", "paged int8"])
-def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(kind: str) -> None:
+def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(kind: str, mask: Mask) -> None:
     cache, q = filled(kind, [4000, 3000]), torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
-    expected = decode(q, cache, backend="triton")
+    assert explain_decode(q, cache, mask=mask).startswith("triton: runs")
+    expected = decode(q, cache, mask=mask, backend="triton")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = decode(q, cache)
+        out = decode(q, cache, mask=mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(out, expected)
@@ -119,6 +123,34 @@ def test_a_captured_graph_follows_the_lengths() -> None:
         starts = [count - 1 for count in counts]
         exact, plain = (
             decode_reference(q.to(to), k.to(to), v.to(to), counts, starts, mask=Full(), scale=128**-0.5)
+            for to in (torch.float64, torch.bfloat16)
+        )
+        assert_as_accurate(f"out {counts}", out, plain, exact)
+
+
+@pytest.mark.parametrize("first", [4, 700])
+def test_a_captured_graph_follows_the_window_and_reads_no_key_before_it_but_the_first(first: int) -> None:
+    mask = SlidingWindow(252) | (GlobalTokens(first) & Causal())
+    whole = [torch.randn(2, 2, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    k, v = (part.clone() for part in whole)
+    lengths = torch.tensor([5, 2], device="cuda")
+    cache, q = Growing(k, v, lengths), torch.randn(2, 8, 3, 128, device="cuda", dtype=torch.bfloat16)
+    decode(q, cache, mask=mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(q, cache, mask=mask)
+    for counts in ([3, 0], [4096, 77], [300, 4095], [258, 951], [1000, 702]):
+        lengths.copy_(torch.tensor(counts))
+        starts = [count - 3 for count in counts]
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            for part, kept in zip((k, v), whole, strict=True):
+                part[row] = kept[row]
+                part[row, :, count:] = torch.nan
+                part[row, :, first : max(start - 251, first)] = torch.nan
+        graph.replay()
+        exact, plain = (
+            decode_reference(q.to(to), *(t.to(to) for t in whole), counts, starts, mask=mask, scale=128**-0.5)
             for to in (torch.float64, torch.bfloat16)
         )
         assert_as_accurate(f"out {counts}", out, plain, exact)

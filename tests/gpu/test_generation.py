@@ -23,10 +23,13 @@ CASES = {
     "gqa paged int8": (GQA(num_kv_heads=2), "paged_int8"),
     "mqa": (GQA(num_kv_heads=1), "contiguous"),
     "window": (GQA(mask=SlidingWindow(24)), "rolling"),
+    "window and first tokens": (GQA(mask=SlidingWindow(20) | (GlobalTokens(4) & Causal())), "rolling"),
     "mla": (MLA(kv_lora_rank=64), "contiguous"),
     "mla paged": (MLA(kv_lora_rank=64), "paged"),
     "linear": (Linear(), "contiguous"),
     "decay": (Linear(feature_map="identity", normalize=False, decay="retnet"), "contiguous"),
+    "hybrid": (Linear(num_kv_heads=2, window=24), "contiguous"),
+    "learned hybrid": ([Linear(feature_map="hedgehog", window=64), GQA(), Linear(feature_map="hedgehog")], "rolling"),
 }
 
 
@@ -78,7 +81,7 @@ def test_a_streamer_hears_the_tokens_of_captured_steps(prompt):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["given a cache", "by itself"])
-@pytest.mark.parametrize("name", ["gqa paged", "window", "mla", "linear"])
+@pytest.mark.parametrize("name", ["gqa paged", "window", "mla", "linear", "learned hybrid"])
 def test_transformers_generate_replays_the_graph_through_the_bridge(prompt, name, own):
     spec, kind = CASES[name]
     model = model_of(spec)

@@ -31,6 +31,7 @@ SPECS = {
     "hybrid": Linear(window=4),
     "learned hybrid": [Linear(feature_map="hedgehog", window=6), GQA(num_kv_heads=2)],
     "mixed": [GQA(num_kv_heads=2), Linear()],
+    "window and first tokens": GQA(mask=SlidingWindow(4) | (GlobalTokens(2) & Causal())),
 }
 
 
