@@ -1,6 +1,6 @@
 """Time decoding over every cache beside the fastest kernels there are, on one GPU, in one process.
 
-    python scripts/bench_decoding.py [--only bf16 int8 paged window queries latent] [--out results.json] [--commit HASH]
+    python scripts/bench_decoding.py [--only bf16 int8 paged window first queries latent] [--out JSON] [--commit HASH]
 
 Each case is timed twice. `ms`: the median of single calls, each after a write that empties the L2 cache (which has to
 be written back while the call runs: about 10 us on an H200 that no call escapes) and after a wait on the device, in
@@ -30,7 +30,7 @@ from triton.testing import do_bench
 
 from attnzoo.caches import ContiguousCache, Int8Cache, LatentCache, PagedCache, PagedInt8Cache
 from attnzoo.caches.token_cache import TokenCache
-from attnzoo.masks import Causal, Full, SlidingWindow
+from attnzoo.masks import Causal, Full, GlobalTokens, SlidingWindow
 from attnzoo.ops import decode, latent_decode
 
 try:
@@ -136,6 +136,27 @@ def window() -> Iterator[dict[str, Any]]:
             del sets
 
 
+def first() -> Iterator[dict[str, Any]]:
+    """A window of 252 and the 4 first tokens. `of_own`: time over that of a plain window of 256, as many keys."""
+    keys = {"window 256": 256, "252 and 4 first": 256, "full": None}
+    masks = (SlidingWindow(256), SlidingWindow(252) | (GlobalTokens(4) & Causal()), Full())
+    for batch in (1, 16, 64):
+        for length in (4096, 32768):
+            case, own = f"32/8 heads, {batch} x {length}", None
+            count = min(max(2, -(-(2**28) // (batch * 8 * 256 * DIM * 4))), 2**34 // (batch * 8 * length * DIM * 4), 32)
+            sets = [filled("contiguous", batch, 8, length) for _ in range(count)]
+            q = rand(batch, 32, 1, DIM)
+            k, v = view_of(sets[0], 2)
+            for (name, seen), mask in zip(keys.items(), masks, strict=True):
+                at = mask.visible(torch.tensor(length - 1), torch.arange(length)).to(k.device)
+                truth = exact(q[:2], k[:, :, at], v[:, :, at])
+                nbytes = batch * 8 * (seen or length) * DIM * 4
+                row = timed(case, name, [lambda q=q, c=c, m=mask: decode(q, c, mask=m) for c in sets], nbytes, truth)
+                own = own or row
+                yield row | {"of_own": row["ms"] / own["ms"], "graph_of_own": row["graph_ms"] / own["graph_ms"]}
+            del sets, k, v
+
+
 def queries() -> Iterator[dict[str, Any]]:
     """Several queries a step, and rows of random length (bytes counted are those of real tokens)."""
     cache = filled("contiguous", 16, 8, 8192)
@@ -195,7 +216,8 @@ def latent() -> Iterator[dict[str, Any]]:
 
 WAIT = 1_000_000  # clock cycles, half a millisecond: more than any host needs for a call
 SHAPES = ((1, 32, 8, 32768), (16, 32, 32, 8192), (16, 32, 8, 8192), (16, 32, 1, 8192), (64, 32, 8, 8192))
-GROUPS = {"bf16": bf16, "int8": int8, "paged": paged, "window": window, "queries": queries, "latent": latent}
+GROUPS = {"bf16": bf16, "int8": int8, "paged": paged, "window": window, "first": first, "queries": queries}
+GROUPS["latent"] = latent
 
 
 def peer_runs(queries: list[Tensor], views: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, list[Run]]]:
