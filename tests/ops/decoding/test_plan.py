@@ -26,5 +26,11 @@ def test_tiles_shrink_to_the_shared_memory_that_there_is(limit: int, same: bool)
 
 
 def test_a_tile_never_crosses_a_page_of_128_or_more() -> None:
-    for page in (128, 256):
-        assert page % tiles_for(4, 128, 128, 2, False, page).block_n == 0
+    for page in (128, 256, 512):
+        for dim in (64, 128):
+            assert page % tiles_for(4, dim, dim, 2, False, page).block_n == 0
+
+
+def test_tiles_of_short_vectors_hold_as_many_bytes() -> None:
+    short, long = (tiles_for(4, dim, dim, 2, False) for dim in (64, 128))
+    assert short.block_n * 64 == long.block_n * 128

@@ -21,6 +21,7 @@ def builds() -> Builds:
     yield _build("decode one key head", rows=32, split=True, least=90)
     yield _build("decode one key head on an A100", rows=32, split=True)
     yield _build("decode many queries", rows=64, tensors=_ROWS, Q_LEN=16, split=True)
+    yield _build("decode short vectors", D=64, DV=64, split=True)
     yield _build("decode wide", D=256, DV=256, split=True)
     yield _build("decode odd sizes", "fp16", D=72, DV=24)
     yield _build("decode ring", tensors=_ROWS, RING=True)

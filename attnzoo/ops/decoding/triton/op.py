@@ -132,10 +132,10 @@ def _planned(
     batch, heads, q_len, dim = q.shape
     k_heads, size, v_dim = k[0].shape[1], k[0].shape[2], v[0].shape[3]
     index, rows = q.device.index, heads // k_heads * q_len
-    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, 0 if table is None else size)
+    page, reach = 0 if table is None else size, back + ahead + q_len + prefix
+    tiles = tiles_for(rows, dim, v_dim, q.element_size(), len(k) > 1, page, reach)
     tiles = fitted(tiles, dim * q.element_size(), (dim + v_dim) * k[0].element_size(), shared_memory(index))
     m_tiles = -(-rows // tiles.block_m)
-    page = 0 if table is None else size
     recent_size, table_width = recent[0].shape[2] if recent else 0, 0 if table is None else table.stride(0)
     strides = (*q.stride()[:3], *k[0].stride()[:3], *v[0].stride()[:3])
     constants = {
@@ -170,7 +170,6 @@ def _planned(
 
     shape = batch, heads, q_len, v_dim
     programs = batch * k_heads * m_tiles if v_dim else 0
-    reach = back + ahead + q_len + prefix
     return Plan(shape, tiles, programs, reach, num_multiprocessors(index) * tiles.resident, launch, {})
 
 

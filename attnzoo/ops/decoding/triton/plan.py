@@ -72,7 +72,7 @@ def shared_memory(index: int | None) -> int:
 
 
 @lru_cache(maxsize=256)
-def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page: int = 0) -> Tiles:
+def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page: int = 0, reach: int = 2**30) -> Tiles:
     """Measured on an H200; for `rows` queries of a key/value head, vectors of `dim` and `v_dim`.
 
     Args:
@@ -81,6 +81,7 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
         itemsize: bytes of a query's element.
         codes: whether keys and values are int8.
         page: tokens of a page; 0: no pages. A tile within one page needs one look-up.
+        reach: keys that the queries see at most; the tiles at the edges of a window are not pipelined.
     """
     block_m = min(max(next_power_of_two(rows), 16), 64)
     width = next_power_of_two(dim) + next_power_of_two(v_dim)
@@ -96,6 +97,8 @@ def tiles_for(rows: int, dim: int, v_dim: int, itemsize: int, codes: bool, page:
         return Tiles(block_m, 64 if width < 512 else 32, 4, 3, 1)
     if 0 < page < 128:  # a tile of several pages has an address for each token: more warps, fewer of them each
         return Tiles(block_m, 128, 8, 3, 1) if block_m == 16 else Tiles(block_m, 64, 4, 4, 1)
+    if width <= 128 and block_m == 16 and reach >= 4096 and (page == 0 or page >= 256):
+        return Tiles(16, 256, 4, 3, 1)  # as many bytes a tile as of vectors twice as long
     # Half of 64 rows wasted still beats 32: from there on products read shared memory themselves (wgmma).
     return Tiles(64 if block_m == 32 else block_m, 128, 4, 3, 1)
 
