@@ -102,8 +102,8 @@ def _hybrid_step(dim: int, features: int, dtype: torch.dtype) -> Build:
     """The hybrid's step over a window of 64, three query heads a key head."""
     from attnzoo.ops.linear.triton.kernels_hybrid_step import hybrid_step
 
-    options = step_constants(3, dim, features, dim, 63) | {"NORMALIZE": True, "PIECES": dtype != torch.float32}
-    options |= {"MAP": "elu" if features == dim else "identity", "OWN_KEYS": features != dim}
+    options = step_constants(3, dim, features, dim, 63, dtype) | {"NORMALIZE": True, "OWN_KEYS": features != dim}
+    options["MAP"] = "elu" if features == dim else "identity"
     return _build(hybrid_step, options, dtype, ("lengths",))
 
 

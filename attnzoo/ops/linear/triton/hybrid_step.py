@@ -16,6 +16,7 @@ from attnzoo.ops.linear.triton.shapes import power_of_two
 _LARGEST = 256  # of keys and values; a program holds all columns of its outputs
 _GROUP = 32  # query heads of a program
 _SLAB = 4096  # elements of the state that a program looks at together
+_EXACT = 32, 16  # rows of the state and keys looked at together without tensor cores, which would explode the code
 _WARPS, _STAGES = 4, 1  # tokens of one call read what the one before wrote: nothing may be fetched ahead
 
 
@@ -103,10 +104,9 @@ def _step(
         *(stride for t in tensors for stride in t.stride()[:3]),
         tokens,
         scale,
-        **step_constants(heads // kv_heads, dim, f_k.shape[3], v.shape[3], ring_v.shape[2]),
+        **step_constants(heads // kv_heads, dim, f_k.shape[3], v.shape[3], ring_v.shape[2], q.dtype),
         MAP=feature_map,
         OWN_KEYS=ring_k is not None,
-        PIECES=q.dtype != torch.float32 and not interpreted(),
     )
     return out
 
@@ -121,20 +121,24 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 
-def step_constants(group: int, dim: int, features: int, v_dim: int, slots: int) -> dict[str, Any]:
-    """Constants of the kernel that follow from sizes, and its launch options."""
-    block_v = power_of_two(v_dim)
+def step_constants(group: int, dim: int, features: int, v_dim: int, slots: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of the kernel that follow from sizes and dtype, and its launch options."""
+    block_v, exact = power_of_two(v_dim), dtype == torch.float32
+    most_features, most_keys = _EXACT if exact else (max(16, _SLAB // block_v), 64)
+    if interpreted():
+        most_features, most_keys = 16, 16
     return {
         "GROUP": group,
         "SLOTS": slots,
+        "PIECES": not exact and not interpreted(),
         "D": dim,
         "F": features,
         "DV": v_dim,
         "BG": power_of_two(group),
         "BD": power_of_two(dim),
-        "BF": min(power_of_two(features), 16 if interpreted() else _SLAB // block_v),
+        "BF": min(power_of_two(features), most_features),
         "BV": block_v,
-        "BN": power_of_two(min(max(slots, 1), 16 if interpreted() else 64)),
+        "BN": min(power_of_two(max(slots, 1)), most_keys),
         "num_warps": _WARPS,
         "num_stages": _STAGES,
     }
