@@ -102,7 +102,7 @@ def fill(cache: HeldCache, length: int) -> None:
         if isinstance(layer, RecurrentLayer):
             assert layer.state is not None
             layer.state._rows.set([length] * layer.state.batch_size)
-            layer.state._summed.set([length] * layer.state.batch_size)
+            layer.state._summed.set([length - layer.state.ring.size] * layer.state.batch_size)
             continue
         memory = layer.memory
         assert memory is not None
