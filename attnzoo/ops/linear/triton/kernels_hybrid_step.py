@@ -124,20 +124,14 @@ def hybrid_step(
             tl.store(to, state + gone[:, None] * gone_value[None, :], mask=mask)
             total = multiply(mapped, state, total, PIECES)
             weight += tl.sum(mapped * sums[None, :], 1)
+            fresh = tl.load(f_k + token * fk_s + low + features, mask=inside & alive, other=0.0)
+            tl.debug_barrier()  # these sums, and the ring, have been read by all
+            tl.store(z + low + features, sums + gone, mask=inside & alive)
+            if SLOTS > 0:
+                tl.store(ring_f + slot * F + low + features, fresh, mask=inside & alive)
         total = tl.where(mine[:, None], total * inverse_or_zero(weight)[:, None], 0.0)
         to = out + (member[:, None] * tokens + token) * DV + columns[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(member < GROUP)[:, None] & (columns < DV)[None, :])
-        for low in tl.static_range(0, F, BF):
-            inside = (low + features < F) & alive
-            fresh = tl.load(f_k + token * fk_s + low + features, mask=inside, other=0.0)
-            gone = load_mapped(f_k + token * fk_s + low, leaves, MAP, F - low, BF)
-            if SLOTS > 0:
-                gone = load_mapped(ring_f + slot * F + low, leaves, MAP, F - low, BF)
-            sums = tl.load(z + low + features, mask=inside, other=0.0)
-            tl.debug_barrier()  # the sums and the slot have been read by all
-            tl.store(z + low + features, sums + gone, mask=inside)
-            if SLOTS > 0:
-                tl.store(ring_f + slot * F + low + features, fresh, mask=inside)
         if SLOTS > 0:
             tl.store(ring_v + slot * DV + columns, value.to(ring_v.dtype.element_ty), mask=(columns < DV) & alive)
             if OWN_KEYS:
