@@ -21,6 +21,7 @@ class Cache(ABC):
     v_head_dim: int
     max_length: int
     reach: int | None = None  # keys, its own included, that a new token's query may see; None: all of its row
+    prefix: int = 0  # first tokens of each row that are held whatever is dropped: the view's first columns
 
     @property
     @abstractmethod
@@ -43,7 +44,10 @@ class Cache(ABC):
 
     @property
     def first(self) -> int | Tensor:
-        """Position of the first token in the view: one number for all rows, or `[B]`. 0 unless tokens were dropped."""
+        """Position of the first token in the view: one number for all rows, or `[B]`. 0 unless tokens were dropped.
+
+        With a `prefix`, column c holds position `first + c` from there on.
+        """
         return 0
 
     @property

@@ -24,11 +24,13 @@ class Ring:
     Args:
         k: storage of the keys, a block a row.
         v: storage of the values, likewise.
+        prefix: slots after the ring's that hold the row's first tokens, that of position p in slot `size + p`.
     """
 
-    def __init__(self, k: Storage, v: Storage) -> None:
-        self.k, self.v = k, v
-        batch, _, self.size = k.parts[0].shape[:3]
+    def __init__(self, k: Storage, v: Storage, prefix: int = 0) -> None:
+        self.k, self.v, self.prefix = k, v, prefix
+        batch, _, slots = k.parts[0].shape[:3]
+        self.size = slots - prefix
         self.kept = RowLengths(batch, k.parts[0].device)
         self.reset()
 
@@ -47,20 +49,30 @@ class Ring:
             added = [new] * batch if counts is None else counts
             self.kept.set([min(row + more, self.size) for row, more in zip(self.kept.host(), added, strict=True)])
 
+    def write_first(self, k: Tensor, v: Tensor, starts: int | Tensor, counts: list[int]) -> None:
+        """Put the tokens of `k` and `v` that are among their rows' first ones, `counts` of each row, there as well."""
+        at = places(starts, k.shape[2], counts, k.shape[0], k.device)
+        for storage, values in ((self.k, k), (self.v, v)):
+            storage.write(at.rows, self.size + at.positions, at.of(values))
+
     def read(self, starts: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions `starts[b], ..., starts[b] + count - 1`, `[B, Hk, count, D]`.
 
-        For positions that are not held anything may stand there.
+        For positions that are not held anything may stand there. The first columns are the prefix, wherever rows start.
         """
         device = self.k.parts[0].device
         rows = torch.arange(self.k.parts[0].shape[0], device=device).unsqueeze(1)
         base = starts.unsqueeze(1) if isinstance(starts, Tensor) else starts
-        slots = (base + torch.arange(count, device=device).unsqueeze(0)) % self.size
+        column = torch.arange(count, device=device).unsqueeze(0)
+        slots = (base + column) % self.size
+        if self.prefix:
+            slots = torch.where(column < self.prefix, self.size + column, slots)
         return self.k.read(rows, slots), self.v.read(rows, slots)
 
     def stored(self, rows: RowLengths, dtype: torch.dtype) -> Stored:
         """Where the newest of `rows` tokens stand, for kernels."""
-        return Stored(self.k.parts, self.v.parts, dtype, rows.rows(), rows.longest, ring=True, kept=self.kept.rows())
+        k, v, kept = self.k.parts, self.v.parts, self.kept.rows()
+        return Stored(k, v, dtype, rows.rows(), rows.longest, ring=True, kept=kept, prefix=self.prefix)
 
     def kept_after(self, before: list[int], after: list[int]) -> list[int]:
         """What `kept` would be if rows of `before` tokens were cropped to `after`."""
@@ -74,7 +86,7 @@ class Ring:
         """Row b becomes what row `indices[b]` was."""
         for storage in (self.k, self.v):
             if in_place:
-                storage.reorder(indices, self.size)
+                storage.reorder(indices, self.size + self.prefix)
             else:
                 storage.select(indices)
         self.kept.take(indices)

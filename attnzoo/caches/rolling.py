@@ -25,6 +25,9 @@ class RollingCache(TokenCache):
     Queries of a chunk that is longer than `margin + 1` see keys that this cache does not go on holding: attend to what
     `extend` returns, which for such a chunk is the window before it and the chunk. Layers do.
 
+    With a `prefix` it holds the first tokens of each row besides, for masks that show them to every query
+    (`SlidingWindow(w) | GlobalTokens(n) & Causal()`, arXiv 2309.17453); its view begins with them.
+
     Args:
         batch_size: rows.
         num_kv_heads: heads of keys and values.
@@ -32,6 +35,7 @@ class RollingCache(TokenCache):
         head_dim: size of a key.
         v_head_dim: size of a value; None: `head_dim`.
         margin: tokens that are held beyond the window, so that as many can be cropped again (speculative decoding).
+        prefix: first tokens of each row that are held as well.
         dtype: of keys and values.
         device: of keys and values.
     """
@@ -45,20 +49,22 @@ class RollingCache(TokenCache):
         v_head_dim: int | None = None,
         *,
         margin: int = 0,
+        prefix: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         check_least("window", window, 1)
         check_least("margin", margin, 0)
+        check_least("prefix", prefix, 0)
         super().__init__(batch_size, num_kv_heads, sys.maxsize, head_dim, v_head_dim, dtype, device)
-        self.window, self.margin, self.reach = window, margin, window
-        sizes = (self.head_dim, self.v_head_dim)
-        k, v = (Storage(batch_size, num_kv_heads, window + margin, n, self.dtype, self.device) for n in sizes)
-        self._ring = Ring(k, v)
+        self.window, self.margin, self.prefix, self.reach = window, margin, prefix, window
+        sizes, slots = (self.head_dim, self.v_head_dim), window + margin + prefix
+        k, v = (Storage(batch_size, num_kv_heads, slots, n, self.dtype, self.device) for n in sizes)
+        self._ring = Ring(k, v, prefix)
 
     @property
     def first(self) -> int | Tensor:
-        gap = self._rows.value() - self._ring.kept.value()
+        gap = self._rows.value() - self._ring.kept.value() - self.prefix
         return gap.clamp(min=0) if isinstance(gap, Tensor) else max(gap, 0)
 
     @property
@@ -81,7 +87,7 @@ class RollingCache(TokenCache):
         first, before = self.first, self.row_lengths()
         keys, values = k.detach()[:, :, : max(added)], v.detach()[:, :, : max(added)]
         if self.length > 0:
-            held = [min(row, kept) for row, kept in zip(before, self._ring.kept.host(), strict=True)]
+            held = [min(row, kept + self.prefix) for row, kept in zip(before, self._ring.kept.host(), strict=True)]
             both = ContiguousCache(
                 self.batch_size,
                 self.num_kv_heads,
@@ -97,7 +103,7 @@ class RollingCache(TokenCache):
         self.append(k, v, lengths)
         rows = RowLengths(self.batch_size, self.device)
         rows.set([row + count for row, count in zip(before, added, strict=True)])
-        return _Seen(keys, values, rows, first, self.window + new - 1)
+        return _Seen(keys, values, rows, first, self.window + new - 1, self.prefix)
 
     def crop(self, length: int | Tensor) -> None:
         """Keep at most the first `length` tokens of each row; `[B]` integers: `length[b]` of row b.
@@ -117,13 +123,18 @@ class RollingCache(TokenCache):
 
     def _write(self, k: Tensor, v: Tensor, counts: list[int] | None) -> None:
         self._ring.write(k, v, self._rows.value(), counts)
+        if self._rows.shortest < self.prefix:
+            new = [k.shape[2]] * self.batch_size if counts is None else counts
+            first = [max(min(self.prefix - row, count), 0) for row, count in zip(self.row_lengths(), new, strict=True)]
+            self._ring.write_first(k, v, self._rows.value(), first)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         kept = self._ring.kept
         if kept.uniform:
-            count = min(self.length, kept.shortest)
+            count = min(self.length, kept.shortest + self.prefix)
         else:
-            count = max(min(row, held) for row, held in zip(self.row_lengths(), kept.host(), strict=True))
+            rows = zip(self.row_lengths(), kept.host(), strict=True)
+            count = max(min(row, held + self.prefix) for row, held in rows)
         return self._ring.read(self.first, count)
 
     def _move(self, indices: Tensor, in_place: bool) -> None:
@@ -144,13 +155,14 @@ class RollingCache(TokenCache):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the queries of a long chunk attend to: keys and values of positions `first` and on."""
+    """What the queries of a long chunk attend to: keys and values of positions `first` and on, after the prefix's."""
 
     k: Tensor
     v: Tensor
     rows: RowLengths
     first: int | Tensor
     kept: int
+    prefix: int
 
     @property
     def length(self) -> int:

@@ -93,7 +93,7 @@ def check_reach(cache: Cache, mask: Mask | None) -> None:
     """ValueError for a cache that drops keys which the mask lets a query see."""
     if cache.reach is None:
         return
-    far = reach(mask)
+    far = reach(mask, cache.prefix)
     if far is None or far > cache.reach:
         sees = "any key before it" if far is None else f"{far} keys up to its own"
         raise ValueError(f"cache holds what a query needs to see {cache.reach} keys; with mask {mask} it sees {sees}")

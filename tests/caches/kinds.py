@@ -134,10 +134,11 @@ def poison(cache: TokenCache) -> None:
 
 
 def _poison_ring(ring: Ring, lengths: list[int]) -> None:
-    alive = torch.zeros(len(lengths), ring.size, dtype=torch.bool)
+    alive = torch.zeros(len(lengths), ring.size + ring.prefix, dtype=torch.bool)
     for row, (length, kept) in enumerate(zip(lengths, ring.kept.host(), strict=True)):
         for position in range(max(length - kept, 0), length):
             alive[row, position % ring.size] = True
+        alive[row, ring.size : ring.size + min(ring.prefix, length)] = True
     for storage in (ring.k, ring.v):
         _poison_storage(storage, ~alive)
 

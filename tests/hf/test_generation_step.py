@@ -16,14 +16,15 @@ from attnzoo.hf.generation.bridge import graphed
 from attnzoo.hf.generation.build import _maker
 from attnzoo.hf.generation.device import Clock, OnDevice
 from attnzoo.hf.generation.graph import Step
-from attnzoo.masks import Causal, SlidingWindow
+from attnzoo.masks import Causal, GlobalTokens, SlidingWindow
 from attnzoo.ops.decoding.store import store
 from tests.hf.conftest import padding
 from tests.hf.test_generation import NEW, cache_of, greedy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without one, kernels run under Triton's interpreter
 KINDS = ("contiguous", "paged", "int8", "paged_int8", "rolling")
-HELD, ROOM, WINDOW = (70, 3, 41), 90, 24
+FIRST = "rolling, first tokens"
+HELD, ROOM, WINDOW, PREFIX = (70, 3, 41), 90, 24, 5
 pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained of this model")
 
 
@@ -32,7 +33,8 @@ def filled(kind: str, *, latent: bool = False, dtype: torch.dtype = torch.float3
     torch.manual_seed(0)
     heads, sizes = (1, (32, 16)) if latent else (2, (16, 16))
     k, v = (torch.randn(3, heads, max(HELD), size, device=DEVICE, dtype=dtype) for size in sizes)
-    memory = _maker(kind, 3, ROOM, WINDOW, latent=latent)(k, v)
+    prefix = PREFIX if kind == FIRST else 0
+    memory = _maker(kind.split(",")[0], 3, ROOM, WINDOW, prefix, latent=latent)(k, v)
     held = memory.stored()
     for part in (*held.k, *held.v):
         if part.is_floating_point():
@@ -49,10 +51,12 @@ def filled(kind: str, *, latent: bool = False, dtype: torch.dtype = torch.float3
     return device_side, keys
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, FIRST])
 def test_kernels_find_every_token_by_lengths_on_the_device(kind):
     device_side, _ = filled(kind)
-    mask = SlidingWindow(WINDOW) if kind == "rolling" else Causal()
+    mask = SlidingWindow(WINDOW) if kind.startswith("rolling") else Causal()
+    if kind == FIRST:
+        mask = mask | (GlobalTokens(PREFIX) & Causal())
     q = torch.randn(3, 4, 1, 16, device=DEVICE)
     plain = ops.decode(q, device_side, mask=mask, starts=device_side.clock.before, backend="attention")
     got = ops.decode(q, device_side, mask=mask, starts=device_side.clock.before, backend="triton")
@@ -71,7 +75,7 @@ def test_the_latent_kernel_does_too(kind):
     torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, FIRST])
 def test_what_was_written_on_the_device_is_what_the_host_finds_afterwards(kind):
     device_side, keys = filled(kind)
     device_side.count(1)
@@ -81,12 +85,13 @@ def test_what_was_written_on_the_device_is_what_the_host_finds_afterwards(kind):
     got = memory.view()[0]
     for row, length in enumerate(HELD):
         count = length + 1 - int(first[row])
-        want = keys[row, :, int(first[row]) : length + 1]
+        want = keys[row, :, int(first[row]) : length + 1].clone()
+        want[:, : memory.prefix] = keys[row, :, : min(memory.prefix, count)]
         torch.testing.assert_close(got[row, :, :count], want, rtol=0, atol=0.02 if "int8" in kind else 0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "latent"), [*((kind, False) for kind in KINDS), ("contiguous", True), ("paged_int8", True)]
+    ("kind", "latent"), [*((kind, False) for kind in (*KINDS, FIRST)), ("contiguous", True), ("paged_int8", True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16])
 def test_one_kernel_writes_what_plain_operations_do(kind, latent, dtype, monkeypatch):
@@ -127,6 +132,7 @@ class _Asked(TorchDispatchMode):
         (GQA(num_kv_heads=2), "contiguous"),
         (GQA(num_kv_heads=2), "paged_int8"),
         (GQA(mask=SlidingWindow(5)), "rolling"),
+        (GQA(mask=SlidingWindow(4) | (GlobalTokens(2) & Causal())), "rolling"),
         (MLA(kv_lora_rank=16), "paged"),
         (Linear(), "contiguous"),
         (Linear(feature_map="hedgehog", window=5), "contiguous"),

@@ -18,6 +18,7 @@ from attnzoo.hf.layers import SwappedAttention
 from attnzoo.hf.linear import SwappedLinearAttention
 from attnzoo.hf.masks import _SILENT_ABOUT_WINDOW
 from attnzoo.hf.recurrent_cache import RecurrentLayer
+from attnzoo.ops.decoding.limits import limits
 from attnzoo.ops.decoding.reach import reach
 
 Kind = Literal["contiguous", "paged", "int8", "paged_int8", "rolling"]
@@ -36,7 +37,8 @@ def cache_for(model: PreTrainedModel, batch_size: int, max_length: int, kind: Ki
         batch_size: rows of the batch.
         max_length: tokens that a row may come to have, padding of the prompt and new tokens included.
         kind: "contiguous"; "paged", pages of 64 tokens; "int8" and "paged_int8", half the bytes, the newest 64 tokens
-            as they came; "rolling", the last `window` tokens of layers with a sliding window, and everything of others.
+            as they came; "rolling", the last `window` tokens of layers with a sliding window, with the first
+            tokens where the layer sees them too, and everything of others.
 
     Raises:
         ValueError: for another implementation or kind of model, or sizes below 1.
@@ -68,8 +70,13 @@ def cache_for(model: PreTrainedModel, batch_size: int, max_length: int, kind: Ki
             continue
         if isinstance(module, SwappedLatentAttention) and module.softcap is not None:
             raise ValueError("model has latent attention with a softcap, which no kernel over a cache computes")
-        window = windows[index] if module is None else reach(module.mask)
-        make = _maker(kind, batch_size, max_length, window, latent=isinstance(module, SwappedLatentAttention))
+        window, prefix = windows[index] if module is None else reach(module.mask), 0
+        if isinstance(module, SwappedAttention) and module.mask is not None:
+            limit = limits(module.mask)
+            prefix = 0 if limit is None else limit.prefix
+            window = reach(module.mask, prefix)
+        latent = isinstance(module, SwappedLatentAttention)
+        make = _maker(kind, batch_size, max_length, window, prefix, latent=latent)
         layers.append(HeldLayer(make, max_length))
     return HeldCache(layers, batch_size, max_length)
 
@@ -89,7 +96,7 @@ def _windows(config: Any, number: int) -> list[int | None]:
 
 
 def _maker(
-    kind: str, batch_size: int, max_length: int, window: int | None, *, latent: bool
+    kind: str, batch_size: int, max_length: int, window: int | None, prefix: int = 0, *, latent: bool
 ) -> Callable[[Tensor, Tensor], TokenCache]:
     pages = batch_size * -(-max_length // _PAGE)
 
@@ -99,8 +106,8 @@ def _maker(
         build: Any = partial(_BUILD[kind], batch_size, k.shape[1])
         sizes = k.shape[3], v.shape[3]
         form: dict[str, Any] = {"dtype": k.dtype, "device": k.device}
-        if kind == "rolling" and window is not None and window < max_length:
-            return build(window, *sizes, **form)  # type: ignore[no-any-return]
+        if kind == "rolling" and window is not None and window + prefix < max_length:
+            return build(window, *sizes, prefix=prefix, **form)  # type: ignore[no-any-return]
         if kind in ("paged", "paged_int8"):
             return build(pages, *sizes, page_size=_PAGE, max_length=max_length, **form)  # type: ignore[no-any-return]
         if kind == "int8":

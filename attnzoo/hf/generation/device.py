@@ -67,6 +67,7 @@ class OnDevice:
         self._stored = held._replace(lengths=Rows(0, clock.after), longest=room)
         self._encode = [storage.encode for storage in memory._storages()]
         self.kept = None if not held.ring or held.kept is None else held.kept.base
+        self.prefix = held.prefix
 
     @property
     def lengths(self) -> Tensor:
@@ -76,7 +77,7 @@ class OnDevice:
     @property
     def first(self) -> int | Tensor:
         """Position of the view's first column."""
-        return 0 if self.kept is None else self.clock.first(self.kept)
+        return 0 if self.kept is None else self.clock.first(self.kept + self.prefix)
 
     def row_lengths(self) -> list[int]:
         """Tokens of each row; waits for the device."""
@@ -95,11 +96,14 @@ class OnDevice:
         """Keys `[B, Hk, n, D]` and values `[B, Hk, n, Dv]` by position from `first` on, as wide as the longest row may
         come to be; a copy."""
         held = self._stored
-        count = self.length if self.kept is None else min(self.kept, self.length)
+        count = self.length if self.kept is None else min(self.kept + self.prefix, self.length)
         first = self.first[:, None] if isinstance(self.first, Tensor) else self.first
         positions = first + torch.arange(count, device=self.clock.rows.device)[None]  # [1 or B, n]
         positions = positions.expand(len(self.clock.rows), -1)
         blocks, slots = places(held, positions)
+        if held.ring and self.prefix:
+            column = torch.arange(count, device=slots.device)
+            slots = torch.where(column < self.prefix, held.size + column, slots)
         whole = [_decoded(parts, blocks, slots, held.dtype) for parts in (held.k, held.v)]
         if held.recent is not None and held.kept is not None:
             kept = held.kept.base if held.kept.more is None else held.kept.base + held.kept.more[:, None]

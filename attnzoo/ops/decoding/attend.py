@@ -22,7 +22,7 @@ class _Seen(NamedTuple):
     k: Tensor  # [B, Hk, n, D]
     v: Tensor
     lengths: Tensor | None  # [B], columns that are filled; None: all, in every row
-    first: int | Tensor  # position of column 0, one for all or [B]
+    first: int | Tensor  # position of column 0, one for all or [B]; 0 where the mask does not ask
 
 
 def reasons(call: Call) -> list[str]:
@@ -35,10 +35,10 @@ def run(call: Call) -> Tensor:
     q, cache, mask, first = call.q, call.cache, call.mask, call.shift
     k, v = cache.view()
     alike = cache.uniform and isinstance(first, int)
-    seen = _Seen(k, v, None if alike else cache.lengths - first, first)
     options = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
     start = call.starts - first
-    shifted = not ((isinstance(first, int) and first == 0) or is_relative(mask))
+    shifted = not ((isinstance(first, int) and first == 0) or is_relative(mask, call.stored.prefix))
+    seen = _Seen(k, v, None if alike else cache.lengths - first, first if shifted else 0)
     if isinstance(start, int) and not shifted:
         return _aligned(q, seen, start, mask, options)
     starts = start if isinstance(start, Tensor) else torch.full(q.shape[:1], start, device=q.device)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from attnzoo.masks import Causal, Dilated, Full, Mask, SlidingWindow
+from attnzoo.masks import Dilated, Mask
 from attnzoo.masks.combine import And, Or
 from attnzoo.masks.per_head import PerHead
 from attnzoo.ops.decoding.common import KeyValues
+from attnzoo.ops.decoding.limits import UNBOUNDED, limits
 
 
-def reach(mask: Mask | None) -> int | None:
-    """How many keys up to its own, itself included, a query may have to look back to; None: no bound is known."""
-    if isinstance(mask, SlidingWindow):
-        return mask.window
+def reach(mask: Mask | None, prefix: int = 0) -> int | None:
+    """How many keys up to its own, itself included, a query may have to look back to; None: no bound is known.
+
+    Args:
+        mask: any mask.
+        prefix: first tokens that count as near, since they are held whatever is dropped.
+    """
+    limit = None if mask is None else limits(mask)
+    if limit is not None and limit.prefix <= prefix:
+        return max(limit.back, 1) if limit.back < UNBOUNDED else None
     if isinstance(mask, Dilated):
         return (mask.window - 1) * mask.dilation + 1
     if isinstance(mask, And):
@@ -21,13 +28,21 @@ def reach(mask: Mask | None) -> int | None:
     return max(bounds) if bounds and len(bounds) == len(parts) else None
 
 
-def is_relative(mask: Mask) -> bool:
-    """Whether it is sure that the mask depends on the distance of query and key alone."""
+def is_relative(mask: Mask, prefix: int = 0) -> bool:
+    """Whether it is sure that the mask depends on the distance of query and key alone, and on which are the first keys.
+
+    Args:
+        mask: any mask.
+        prefix: keys that stay the first ones.
+    """
+    limit = limits(mask)
+    if limit is not None and limit.prefix <= prefix:
+        return True
     if isinstance(mask, And | Or):
         return is_relative(mask.first) and is_relative(mask.second)
     if isinstance(mask, PerHead):
         return all(map(is_relative, mask.masks))
-    return isinstance(mask, Full | Causal | SlidingWindow | Dilated)
+    return isinstance(mask, Dilated)
 
 
 def check_reach(mask: Mask, q_len: int, cache: KeyValues) -> None:
@@ -35,7 +50,7 @@ def check_reach(mask: Mask, q_len: int, cache: KeyValues) -> None:
     kept = cache.kept
     if kept is None or cache.length <= kept:
         return
-    far = reach(mask)
+    far = reach(mask, getattr(cache, "prefix", 0))
     if far is None or q_len - 1 + far > kept:
         sees = "any key before it" if far is None else f"{far} keys up to its own"
         raise ValueError(

@@ -15,7 +15,8 @@ from attnzoo.ops.decoding.reach import is_relative
 def reasons(call: Call) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
     whole = isinstance(call.shift, int) and call.shift == 0
-    return [] if whole or is_relative(call.mask) else ["counts positions from the first key that is held"]
+    seen = whole or is_relative(call.mask, call.stored.prefix)
+    return [] if seen else ["counts positions from the first key that is held"]
 
 
 def run(call: Call) -> Tensor:

@@ -34,10 +34,13 @@ def store(
         _launch(held, k, v, before)
         return
     blocks, slots = places(held, before)
+    beside = torch.where(before < held.prefix, held.size + before, slots) if held.ring and held.prefix else None
     for parts, new, code in ((held.k, k, encode[0]), (held.v, v, encode[1])):
         vectors = new[:, :, 0]  # [B, Hk, D]
         for part, piece in zip(parts, code(vectors) if len(parts) > 1 else (vectors,), strict=True):
             part[blocks, :, slots] = piece
+            if beside is not None:
+                part[blocks, :, beside] = piece
     if held.recent is not None:
         rows, slots = torch.arange(held.batch, device=k.device), before % held.recent.size
         held.recent.k[0][rows, :, slots] = k[:, :, 0]
@@ -77,6 +80,7 @@ def _launch(held: Stored, k: Tensor, v: Tensor, before: Tensor) -> None:
         QUANT=quantised,
         RING=held.ring,
         RECENT=recent is not None,
+        PREFIX=held.prefix if held.ring else 0,
         **{f"BLOCK_{name}": 1 << (size - 1).bit_length() for name, size in dims.items()},
         num_warps=1 if max(dims.values()) <= 256 else 4,
     )

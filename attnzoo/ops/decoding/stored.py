@@ -38,6 +38,7 @@ class Stored(NamedTuple):
     kept: Rows | None = None  # of the ring, or of the recent one: it holds the last `min(kept, length)` tokens
     recent: Stored | None = None  # a ring of the newest tokens as they came; they are read from there
     origin: int | Tensor = 0  # position of the token in slot 0, one for all rows or `[B]`
+    prefix: int = 0  # first tokens that are never dropped: in a ring those of position p in slot `size + p` besides
 
     @property
     def batch(self) -> int:
@@ -49,8 +50,8 @@ class Stored(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Slots of a block."""
-        return self.k[0].shape[2]
+        """Slots of a block, those of the prefix beside a ring aside."""
+        return self.k[0].shape[2] - (self.prefix if self.ring else 0)
 
 
 def stored(cache: KeyValues) -> Stored:
@@ -63,4 +64,4 @@ def stored(cache: KeyValues) -> Stored:
         lengths = Rows(cache.length - first)
     else:
         lengths = Rows(0, cache.lengths - first)
-    return Stored((k,), (v,), k.dtype, lengths, k.shape[2], origin=first)
+    return Stored((k,), (v,), k.dtype, lengths, k.shape[2], origin=first, prefix=getattr(cache, "prefix", 0))

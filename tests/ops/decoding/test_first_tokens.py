@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.caches import RollingCache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.masks import Causal, GlobalTokens, Mask, SlidingWindow
 from attnzoo.ops import decode
@@ -22,6 +23,11 @@ from tests.ops.decoding.test_triton import DEVICE, DTYPES, LENGTHS, arguments, c
 
 def both(first: int, window: int) -> Mask:
     return SlidingWindow(window) | (GlobalTokens(first) & Causal())
+
+
+def ring(counts: list[int], q_len: int, first: int, window: int, margin: int, dtype: torch.dtype) -> TokenCache:
+    sizes: dict[str, Any] = {"head_dim": 16, "dtype": dtype, "device": DEVICE}
+    return fill(RollingCache(len(counts), 2, window, margin=margin, prefix=first, **sizes), counts, q_len)
 
 
 def poison_between(cache: TokenCache, first: int, window: int, starts: list[int]) -> TokenCache:
@@ -112,6 +118,20 @@ def test_first_tokens_may_still_be_among_the_newest_of_an_int8_cache(residual: i
         checked(kind, counts, 10, 3, 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("first", "window", "margin"), [(4, 12, 4), (4, 1, 4), (33, 20, 3), (1, 40, 9), (20, 150, 3)])
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_a_ring_with_first_tokens_beside_it(
+    first: int, window: int, margin: int, q_len: int, dtype: torch.dtype
+) -> None:
+    for counts in ([150, 3, 0, 61], [first + window + margin, first + window + margin + 1]):
+        cache = ring(counts, q_len, first, window, margin, dtype)
+        q = torch.randn(len(counts), 6, q_len, 16, device=DEVICE).to(dtype)
+        for shown in (first, first // 2):  # a mask may show fewer than are held
+            check(q, cache, mask=both(shown, window), softcap=2.0)
+        check(q, cache, mask=SlidingWindow(window))
+
+
 def test_first_tokens_alone_and_windows_that_look_ahead() -> None:
     cache = fill(make("contiguous", 4, 2, (16, 16), torch.float32), LENGTHS, 4)
     for mask in (GlobalTokens(3) & Causal(), SlidingWindow(4, 2) | (GlobalTokens(3) & Causal())):
@@ -165,5 +185,7 @@ def test_first_tokens_that_were_dropped_are_refused() -> None:
     rolling = fill(make("rolling", 1, 1, (16, 16), torch.float32), [60], 1)
     with pytest.raises(ValueError, match="lets a query see any key before it"):
         decode(q, rolling, mask=both(4, 12), backend="triton")
-    early = fill(make("rolling", 1, 1, (16, 16), torch.float32), [30], 1)  # nothing is dropped yet
-    check(q, early, mask=both(4, 12))
+    early = fill(make("rolling", 1, 1, (16, 16), torch.float32), [30], 1)  # nothing is dropped yet, and soon will be
+    with pytest.raises(ValueError, match=r"triton: .*finds first tokens only where nothing was dropped"):
+        decode(q, early, mask=both(4, 12), backend="triton")
+    assert decode(q, early, mask=both(4, 12)).isfinite().all()

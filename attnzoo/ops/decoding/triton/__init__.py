@@ -26,7 +26,8 @@ def reasons(call: Call) -> list[str]:
     cast = torch.is_autocast_enabled(q.device.type)
     limit = limits(call.mask)
     pattern = call.mask.pattern if limit is None else None
-    moved = limit is not None and limit.prefix > 0 and not (isinstance(held.origin, int) and held.origin == 0)
+    whole = not held.ring and isinstance(held.origin, int) and held.origin == 0
+    moved = limit is not None and limit.prefix > held.prefix and not whole
     sizes = q.shape[2], k.shape[3], v.shape[3]
     dense, alike = k.stride(3) == v.stride(3) == 1, len(held.k) == len(held.v)
     found = _reasons if torch.compiler.is_compiling() else _kept_reasons
@@ -92,7 +93,7 @@ def run(call: Call) -> Tensor:
         (held.lengths.base, start.base, kept.base),
         held.longest,
         *limit,
-        held.ring,
+        held.size if held.ring else 0,
         q.shape[-1] ** -0.5 if call.scale is None else call.scale,
         call.softcap,
     )

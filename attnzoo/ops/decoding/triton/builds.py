@@ -34,6 +34,7 @@ def builds() -> Builds:
     yield _build("decode first tokens and a window", first_tokens=True, split=True)
     paged = ("TABLE", *_ROWS)
     yield _build("decode first tokens int8 paged", codes=1, tensors=paged, PAGE=64, RECENT=True, first_tokens=True)
+    yield _build("decode first tokens and a ring", tensors=_ROWS, RING=True, first_tokens=True)
     yield from _stores()
     constants = {"DV": 512} | merge_constants(merge_for(1, 4, 512, 4))
     del constants["SHARE"]
@@ -45,13 +46,14 @@ def _stores() -> Builds:
     yield _store("store", {})
     yield _store("store latent", {}, D=512, DV=64)
     yield _store("store ring", {}, RING=True)
+    yield _store("store ring with first tokens", {}, RING=True, PREFIX=4)
     codes = {"K_OUT": "*i8", "V_OUT": "*i8", "K_SCALE": "*fp32", "V_SCALE": "*fp32", "TABLE": "*i32"}
     yield _store("store int8 paged", codes | {"RECENT_K": "*bf16", "RECENT_V": "*bf16"}, D=72, DV=72)
 
 
 def _store(name: str, more: dict[str, str], **changes: Any) -> Build:
     types = {"BEFORE": "*i64"} | dict.fromkeys(("K", "V", "K_OUT", "V_OUT"), "*bf16") | more
-    constants: dict[str, Any] = {"D": 128, "DV": 128, "RING": False, "QUANT": "K_SCALE" in more} | changes
+    constants: dict[str, Any] = {"D": 128, "DV": 128, "RING": False, "PREFIX": 0, "QUANT": "K_SCALE" in more} | changes
     constants |= {f"BLOCK_{side}": 1 << (constants[side] - 1).bit_length() for side in ("D", "DV")}
     constants["RECENT"] = "RECENT_K" in more
     numbers = {argument: "i32" for argument in store_kernel.arg_names if argument.islower()}

@@ -159,12 +159,15 @@ def decode_kernel(
         n = low + tl.where(i_n < before, i_n, i_n + whole) * BLOCK_N + o_n
         live = (n >= first) & (n < high)
         if prefix is not None:
-            n = tl.where(n < seen, n - first, n)
+            early = n < seen
+            n = tl.where(early, n - first, n)
         if PAGE > 0:
             page, place = tl.load(TABLE + n // PAGE, mask=live, other=0).to(tl.int64), n % PAGE
             k_from, v_from, s_from = page * k_block, page * v_block, page * s_block
         else:
             place = (n % size if RING else n).to(tl.int64)
+            if RING and prefix is not None:
+                place = tl.where(early, size + n, place)
             k_from, v_from, s_from = row * k_block, row * v_block, row * s_block
         b_k = load_vectors(K, k_from, place, k_token, o_d, live, D, BLOCK_D)
         if QUANT > 0:

@@ -39,7 +39,7 @@ def decode(
     back: int,
     ahead: int,
     prefix: int,
-    ring: bool,
+    ring: int,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -54,7 +54,7 @@ def decode(
         sinks: `[Hq]`.
         longest: no row has more keys.
         back, ahead, prefix: query i sees key j iff -ahead <= i - j < back, or j < prefix and j <= i.
-        ring: whether k and v are rings.
+        ring: slots of a ring that k and v are, and after which the prefix may stand; 0: they are none.
         scale: of the scores.
         softcap: of the scores, or none.
 
@@ -125,7 +125,7 @@ def _planned(
     back: int,
     ahead: int,
     prefix: int,
-    ring: bool,
+    ring: int,
     scale: float,
     softcap: float | None,
 ) -> Plan:
@@ -144,7 +144,7 @@ def _planned(
         "D": dim,
         "DV": v_dim,
         "PAGE": page,
-        "RING": ring,
+        "RING": ring > 0,
         "QUANT": len(k) - 1,
         "RECENT": len(recent) > 0,
         "INTEGER": tiles.integers,
@@ -162,7 +162,7 @@ def _planned(
         return Repeat(
             launcher(),
             (splits, k_heads * m_tiles, batch),
-            (*numbers, size, recent_size, heads, k_heads, table_width, *strides),
+            (*numbers, ring or size, recent_size, heads, k_heads, table_width, *strides),
             {**constants, "SPLIT": splits > 1, **merging},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -217,7 +217,7 @@ def _(
     back: int,
     ahead: int,
     prefix: int,
-    ring: bool,
+    ring: int,
     scale: float,
     softcap: float | None,
 ) -> Tensor:

@@ -15,7 +15,7 @@ def store_kernel(
     k_batch, k_head, v_batch, v_head,
     k_out_block, k_out_head, k_out_token, v_out_block, v_out_head, v_out_token,
     D: tl.constexpr, DV: tl.constexpr, QUANT: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PREFIX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """A program for each head and row. `K, V [B, H, 1, D]`; a row's token goes to position BEFORE[row]."""
     i_head = tl.program_id(0).to(tl.int64)
@@ -34,6 +34,11 @@ def store_kernel(
     store_vector(K + from_k, K_OUT + to_k, K_SCALE, RECENT_K, scale_at, recent_at, D, QUANT, RECENT, BLOCK_D)
     from_v, to_v = i_row * v_batch + i_head * v_head, i_block * v_out_block + i_head * v_out_head + slot * v_out_token
     store_vector(V + from_v, V_OUT + to_v, V_SCALE, RECENT_V, scale_at, recent_at, DV, QUANT, RECENT, BLOCK_DV)
+    if PREFIX > 0 and place < PREFIX:  # beside the ring as well
+        to_k += (size + place - slot) * k_out_token
+        to_v += (size + place - slot) * v_out_token
+        store_vector(K + from_k, K_OUT + to_k, None, None, 0, 0, D, False, False, BLOCK_D)
+        store_vector(V + from_v, V_OUT + to_v, None, None, 0, 0, DV, False, False, BLOCK_DV)
 
 
 @triton.jit

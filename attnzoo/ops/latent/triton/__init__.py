@@ -27,7 +27,8 @@ def reasons(call: Call) -> list[str]:
     cast = torch.is_autocast_enabled(q.device.type)
     trained = torch.is_grad_enabled() and (q.requires_grad or rope.requires_grad)
     found = _reasons if torch.compiler.is_compiling() else _kept_reasons
-    return list(found(q.device, (q.dtype, rope.dtype, held.dtype), sizes, pattern, dense, cast, trained))
+    out = list(found(q.device, (q.dtype, rope.dtype, held.dtype), sizes, pattern, dense, cast, trained))
+    return [*out, "reads no first tokens beside a ring"] if held.ring and held.prefix else out
 
 
 def _reasons(
