@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo.caches import ContiguousCache, Int8Cache, PagedCache, PagedInt8Cache
+from attnzoo.caches import ContiguousCache, Int8Cache, PagedCache, PagedInt8Cache, RollingCache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.masks import Causal, Full, GlobalTokens, Mask, SlidingWindow
 from attnzoo.ops import decode
@@ -154,6 +154,24 @@ def test_a_captured_graph_follows_the_window_and_reads_no_key_before_it_but_the_
             for to in (torch.float64, torch.bfloat16)
         )
         assert_as_accurate(f"out {counts}", out, plain, exact)
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_a_ring_with_first_tokens_beside_it_is_read_at_any_age(q_len: int) -> None:
+    cache = RollingCache(3, 2, 252, 128, margin=4, prefix=4, dtype=torch.bfloat16, device="cuda")
+    for chunk in ([3, 1, 200], [2000, 0, 60], [q_len] * 3, [q_len] * 3):
+        tokens = [torch.randn(3, 2, max(chunk), 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        cache.append(*tokens, torch.tensor(chunk))
+    q = torch.randn(3, 8, q_len, 128, device="cuda", dtype=torch.bfloat16)
+    columns = [length - first for length, first in zip(cache.row_lengths(), cache.first.tolist(), strict=True)]
+    starts = [count - q_len for count in columns]
+    k, v = cache.view()
+    exact, plain = (
+        decode_reference(q.to(to), k.to(to), v.to(to), columns, starts, mask=FIRST_AND_NEAR, scale=128**-0.5)
+        for to in (torch.float64, torch.bfloat16)
+    )
+    assert columns[0] == 260 and explain_decode(q, cache, mask=FIRST_AND_NEAR).startswith("triton: runs")
+    assert_as_accurate("out", decode(q, cache, mask=FIRST_AND_NEAR), plain, exact)
 
 
 @pytest.mark.parametrize(("heads", "k_heads"), [(8, 2), (32, 1)])  # the last program merges, or each its share
