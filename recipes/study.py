@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from recipes.run_folder import write_whole
-from recipes.study_plan import Arm, plan_arms, read_study
+from recipes.study_plan import Arm, arm_folder, plan_arms, read_study
 
 
 def main() -> None:
@@ -71,6 +71,10 @@ def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) 
         here: where the plan and the workers' logs go.
         gpus: as CUDA_VISIBLE_DEVICES names them.
     """
+    from recipes.study_worker import DONE, FAILURE
+
+    if all((arm_folder(folder, arm.key) / DONE).is_file() for arm in arms):
+        return
     plan = here / f"plan_{os.getpid()}.json"
     described = [dataclasses.asdict(arm) for arm in arms]
     write_whole(plan, json.dumps({"folder": str(folder), "since": time.time(), "arms": described}))
@@ -81,8 +85,6 @@ def run_all(arms: Sequence[Arm], folder: Path, here: Path, gpus: Sequence[str]) 
         alone = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         with (here / f"worker_{gpu or 'cpu'}.log").open("ab") as log:
             workers[gpu] = subprocess.Popen(command, env=os.environ | alone, stdout=log, stderr=subprocess.STDOUT)
-
-    from recipes.study_worker import FAILURE
 
     def stop(number: int, frame: object) -> None:
         for worker in workers.values():

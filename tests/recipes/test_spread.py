@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from recipes import build, parallel
 from recipes.build import build_student
 from recipes.spread import Spreader
 from recipes.uptrain import read_stages
+from tests.support.processes import spawn
 from tests.support.recipes import Tiny
 
 
@@ -43,7 +43,7 @@ def other(rank: int, folder: str) -> None:
 
 
 def test_all_processes_have_what_the_first_one_loaded(tmp_path):
-    mp.spawn(other, (str(tmp_path),), nprocs=2)
+    spawn(other, str(tmp_path))
     (state, angles, trains), (others_state, others_angles, others_trains) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
     )

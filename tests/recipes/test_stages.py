@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,9 @@ from recipes.objectives import Objective
 from recipes.run_folder import RunFolder
 from recipes.stages import plan_stages, stage_at
 from recipes.uptrain import uptrain
+from tests.support.processes import as_torchrun
 from tests.support.recipes import Tiny
 from tests.support.tiny_llama import save_tiny_llama
-
-REPOSITORY = Path(__file__).parents[2]
 
 OPTIMIZER = {
     "method": "adamw",
@@ -188,13 +184,9 @@ def test_a_part_that_is_none_of_the_model_is_refused(tiny, tmp_path, train, mess
 def test_two_processes_go_through_the_stages_as_one(tiny, tmp_path, strategy):
     model = save_tiny_llama(tmp_path / "model")  # without dropout, whose random numbers would be others
     common = [STAGES, "batch.size=1", "batch.seq_len=32", "max_steps=7", "optimizer.eps=1e-3", f"model.path={model}"]
-    command = [sys.executable, "-m", "attnzoo.cli", "uptrain", *tiny.overrides, *common, "hydra.run.dir=two"]
-    command += [f"trainer.strategy={strategy}", "trainer.devices=2", "batch.accumulate=2"]
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stderr
+    split = ["hydra.run.dir=two", f"trainer.strategy={strategy}", "batch.accumulate=2"]
+    done = as_torchrun(tmp_path, *tiny.overrides, *common, *split)
+    assert all(code == 0 for code, _ in done), done
     uptrain(tiny.config(*common, "batch.accumulate=4"), RunFolder(tmp_path / "one"))
     one, two = (json.loads((tmp_path / name / "report.json").read_text())["curve"] for name in ("one", "two"))
     assert [point["stage"] for point in two] == [point["stage"] for point in one]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -19,9 +15,8 @@ from recipes.study import chosen
 from recipes.study_draw import draw
 from recipes.study_plan import Arm, arm_folder, plan_arms, read_study
 from recipes.study_worker import DONE, FAILED, has_failed, work
+from tests.support.processes import run_attnzoo
 from tests.support.recipes import Tiny
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -98,11 +93,10 @@ def test_a_study_that_cannot_be_planned_is_refused(experiment, tmp_path, study, 
         plan_arms("quick", [], tmp_path)
 
 
-def test_every_study_of_conf_can_be_planned(tmp_path):
-    for name, runs in {"recovery": 19, "gqa_paper": 33, "compare": 6}.items():
-        arms = plan_arms(name, [], tmp_path)
-        assert len(arms) == runs, name
-        assert read_study(name, [])["figure"]
+@pytest.mark.parametrize(("name", "runs"), [("recovery", 19), ("compare", 6)])
+def test_every_study_of_conf_can_be_planned(name, runs, tmp_path):
+    assert len(plan_arms(name, [], tmp_path)) == runs
+    assert read_study(name, [])["figure"]
 
 
 def arm(key, *needs, seed=0):
@@ -207,6 +201,7 @@ def test_a_figure_is_drawn_where_only_what_others_need_has_ended(tmp_path):
 
 def test_points_on_the_way_are_parts_of_the_original_training(tmp_path):
     arms = plan_arms("gqa_paper", ["pretraining_tokens=2e6"], tmp_path)
+    assert len(arms) == 33
     uptrained = [arm for arm in arms if arm.name != "pretrained"]
     assert len(uptrained) == 30
     assert all(arm.config["validation"]["at_tokens"] == [2e4, 1e5] for arm in uptrained)
@@ -226,13 +221,11 @@ def test_a_study_runs_resumes_and_shares_what_its_runs_have_in_common(tmp_path):
     given = [one for one in tiny.overrides if not one.startswith("experiment=")]
     given += ["convert.calibration=null", "batch.size=2", "batch.seq_len=32", "max_steps=2", "data.domains=null"]
     given += ["data.format=auto", "validation.every_n_steps=2", "validation.at_tokens=[]", "logger=csv"]
-    command = [sys.executable, "-m", "attnzoo.cli", "study", "recovery", *given, "--folder", str(tmp_path / "studies")]
+    command = ["study", "recovery", *given, "--folder", str(tmp_path / "studies")]
     command += ["--only", "control", "mean, CE", "mean, KL"]
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "ATTNZOO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    variables = {"ATTNZOO_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = run_attnzoo(tmp_path, *command, **variables)
         log = (tmp_path / "studies" / "recovery" / "worker_cpu.log").read_text()
         assert done.returncode == 0, done.stderr + log
     assert log.count("starts in") == 3

@@ -18,6 +18,7 @@ from recipes.objectives import Objective
 from recipes.run_folder import ResumeMismatch, RunFolder
 from recipes.uptrain import open_data, uptrain
 from recipes.windows import Windows
+from tests.support.processes import python
 from tests.support.recipes import Tiny
 from tests.support.tiny_llama import save_tiny_llama
 
@@ -124,8 +125,7 @@ def test_a_run_killed_and_resumed_gives_the_same_weights_as_one_that_never_stopp
     assert micro_batches(tiny, steps=5) >= before + 2, "step 5 is to be killed between two micro-batches"
     OmegaConf.save(tiny.config(*LONG), config)
     script = f"""
-import os, signal, sys, torch
-torch.set_num_threads(1)
+import os, signal
 from omegaconf import OmegaConf
 from pathlib import Path
 import recipes.checkpoint_files as files, recipes.objectives as objectives
@@ -148,7 +148,7 @@ else:
     files.to_disk = killing(files.to_disk, 7)  # the second file of the second checkpoint
 uptrain(OmegaConf.load({str(config)!r}), RunFolder(Path({str(run.path)!r})))
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    killed = python(script, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = {"backward": "step_00000004", "save": "step_00000002"}[moment]
     assert [path.name for path in run.checkpoints.glob("step_*")] == [last]
