@@ -54,7 +54,16 @@ def test_the_planned_cache_is_as_large_as_the_one_that_is_allocated(name, dtype,
         (model, ContiguousCache(1, 3, tokens, 8, dtype=dtype)),
         (with_spec(model, GQA(6)), ContiguousCache(1, 6, tokens, 8, dtype=dtype)),
         (with_spec(model, GQA(1, SlidingWindow(10))), RollingCache(1, 1, slots, 8, dtype=dtype)),
-        (with_spec(model, GQA(mask=longformer(10, 4, causal=True))), ContiguousCache(1, 3, tokens, 8, dtype=dtype)),
+        (
+            with_spec(model, GQA(mask=longformer(10, 4, causal=True))),
+            RollingCache(1, 3, 10, 8, prefix=4, dtype=dtype)
+            if tokens > 14
+            else ContiguousCache(1, 3, tokens, 8, dtype=dtype),
+        ),
+        (
+            with_spec(model, GQA(mask=longformer(10, (0, 50), causal=True))),
+            ContiguousCache(1, 3, tokens, 8, dtype=dtype),
+        ),
         (with_int8(model), Int8Cache(1, 3, tokens, 8, dtype=dtype)),
         (with_spec(model, MLA(32, qk_rope_head_dim=16)), LatentCache(1, tokens, 32, 16, dtype=dtype)),
         (

@@ -169,7 +169,7 @@ def _bytes(model: PreTrainedModel, cache: HeldCache, length: int) -> int:
             total += sum(t.nbytes for t in memory.ring if t is not None)
             total += 2 * sum(t.nbytes for t in memory.state if t is not None)
         elif isinstance(memory, TokenCache):
-            kept = memory.window if isinstance(memory, RollingCache) else length
+            kept = memory.window + memory.prefix if isinstance(memory, RollingCache) else length
             total += memory.bytes_per_token * kept * memory.batch_size
     return total
 
