@@ -25,15 +25,13 @@ def test_they_are_closer_to_tanh_than_the_unit_that_they_stand_for(name: str) ->
 def test_every_score_is_written_on_all_ways_and_from_its_own_product() -> None:
     from attnzoo.ops.softmax.triton.hopper_cap import ASSEMBLY, PLACES, TOGETHER
 
-    head, ways = ASSEMBLY.value.split("@middle bra MIDDLE;")
-    results, products = ([f"${first + n}" for n in range(TOGETHER)] for first in (0, TOGETHER))
-    assert re.findall(r"abs\.f32 \w+, (\$\d+);", head) == products
-    near, rest = ways.split("MIDDLE:")
+    near, rest = ASSEMBLY.value.split("MIDDLE:")
     middle, far = rest.split("FAR:")
+    results, products = ([f"${first + n}" for n in range(TOGETHER)] for first in (0, TOGETHER))
     for way in (near, middle):
-        found = re.findall(r"mul\.f32 y, y, (\$\d+); ex2\.approx\.ftz\.f32 (\$\d+), y;", way)
-        assert [pair[1] for pair in found] == results and [pair[0] for pair in found] == products
+        found = re.findall(r"mul\.f32 (\$\d+), y, (\$\d+);", way)
+        assert [pair[0] for pair in found] == results and [pair[1] for pair in found] == products
         assert "tanh" not in way and way.rstrip().endswith("bra DONE;")
-    found = re.findall(r"mul\.f32 x, (\$\d+), \S+ tanh\S+ x, x; mul\.f32 y, x, \S+ ex2\S+ (\$\d+), y;", far)
-    assert [pair[1] for pair in found] == results and [pair[0] for pair in found] == products
+    assert re.findall(r"mul\.f32 (\$\d+), x, \$\d+;", far) == results
+    assert far.count("tanh.approx.f32") == TOGETHER
     assert len(PLACES.value.split(",")) == 4 * TOGETHER

@@ -134,7 +134,7 @@ def _hopper(name: str, kernel: Any, wide: int, options: tuple[str, ...] = (), **
     """A kernel for Hopper GPUs with these of its options, for heads of this width."""
     constants: dict[str, Any] = {
         **{"D": wide, "DV": wide, "BLOCK": wide, "M": 64, "N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": True},
-        **{"LEFT": False, "RIGHT": True},
+        **{"BOUNDED": "softcap" in options, "LEFT": False, "RIGHT": True},
     } | given
     constants |= {option: None for option in ("sinks", "documents", "softcap", "d_lse") if option not in options}
     known = dict.fromkeys(("lse", "lse2", "delta", "d_lse", "sinks"), "*fp32")

@@ -57,6 +57,7 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     TURNS: gl.constexpr,  # one group's exponentials under another's products
+    BOUNDED: gl.constexpr,  # scores lie within a softcap so low that exponentials need no maximum subtracted
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
 ):
@@ -93,9 +94,9 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (gl.constexpr(0), places, bars, sizes, results, sinks, scale, softcap, DV, BLOCK, N, STAGES,
-                            CONSUMERS, TURNS, LEFT, RIGHT)),
+                            CONSUMERS, TURNS, BOUNDED, LEFT, RIGHT)),
                 (_consume, (gl.constexpr(1), places, bars, sizes, results, sinks, scale, softcap, DV, BLOCK, N, STAGES,
-                            CONSUMERS, TURNS, LEFT, RIGHT)),
+                            CONSUMERS, TURNS, BOUNDED, LEFT, RIGHT)),
                 (_produce, (q_tiles, k_tiles, v_tiles, places, bars, sizes, N, STAGES, CONSUMERS, LEFT, RIGHT)),
             ],
             [4, 1],
@@ -105,11 +106,11 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (gl.constexpr(0), places, bars, sizes, results, sinks, scale, softcap, DV, BLOCK, N, STAGES,
-                            CONSUMERS, TURNS, LEFT, RIGHT)),
+                            CONSUMERS, TURNS, BOUNDED, LEFT, RIGHT)),
                 (_consume, (gl.constexpr(1), places, bars, sizes, results, sinks, scale, softcap, DV, BLOCK, N, STAGES,
-                            CONSUMERS, TURNS, LEFT, RIGHT)),
+                            CONSUMERS, TURNS, BOUNDED, LEFT, RIGHT)),
                 (_consume, (gl.constexpr(2), places, bars, sizes, results, sinks, scale, softcap, DV, BLOCK, N, STAGES,
-                            CONSUMERS, TURNS, LEFT, RIGHT)),
+                            CONSUMERS, TURNS, BOUNDED, LEFT, RIGHT)),
                 (_produce, (q_tiles, k_tiles, v_tiles, places, bars, sizes, N, STAGES, CONSUMERS, LEFT, RIGHT)),
             ],
             [4, 4, 1],
@@ -155,7 +156,7 @@ def _produce(
 @gluon.jit
 def _consume(
     C: gl.constexpr, places, bars, sizes, results, sinks, scale, softcap, DV: gl.constexpr, BLOCK: gl.constexpr,
-    N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TURNS: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, TURNS: gl.constexpr, BOUNDED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Group C of 64 queries in each tile."""
@@ -187,14 +188,13 @@ def _consume(
                     slot = count % STAGES
                     mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
                     clear_rows(v_here.index(slot).reshape((N, BLOCK)), k_rows - (hi - 1) * N, BLOCK, N)
-            if softcap is None:
-                top = gl.full([64], LOWEST, gl.float32, by_row)
-                total = gl.zeros([64], gl.float32, by_row)
-            else:
-                top = gl.zeros([64], gl.float32, by_row)
+            top = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, by_row)
+            if BOUNDED:
                 total = gl.zeros_like(by_lane(s, N))
+            else:
+                total = gl.zeros([64], gl.float32, by_row)
             weights, top, total, _shrink = softmax_of(
-                s, hi - 1, i, k_rows, sizes, scale, softcap, top, total, N, True, LEFT, RIGHT, mma_s
+                s, hi - 1, i, k_rows, sizes, scale, softcap, top, total, N, BOUNDED, True, LEFT, RIGHT, mma_s
             )
             p = in_pairs(weights, v_here.dtype, N)
             acc = gl.zeros([64, BLOCK], gl.float32, mma_o)
@@ -202,14 +202,14 @@ def _consume(
             for number in range(hi - 2, gl.maximum(full_hi, lo) - 1, -1):
                 p, acc, top, total = step(
                     number, count, steps, q, k_here, v_here, bars, p, acc, top, total, i, k_rows, sizes, scale,
-                    softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, True, LEFT, RIGHT, mma_s, mma_o,
+                    softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, BOUNDED, True, LEFT, RIGHT, mma_s, mma_o,
                 )  # fmt: skip
                 count += 1
                 steps += 1
             for number in range(gl.minimum(full_hi, hi - 1) - 1, full_lo - 1, -1):
                 p, acc, top, total = step(
                     number, count, steps, q, k_here, v_here, bars, p, acc, top, total, i, k_rows, sizes, scale,
-                    softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, False, LEFT, RIGHT, mma_s, mma_o,
+                    softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, BOUNDED, False, LEFT, RIGHT, mma_s, mma_o,
                 )  # fmt: skip
                 count += 1
                 steps += 1
@@ -217,7 +217,7 @@ def _consume(
                 for number in range(gl.minimum(full_lo, hi - 1) - 1, lo - 1, -1):
                     p, acc, top, total = step(
                         number, count, steps, q, k_here, v_here, bars, p, acc, top, total, i, k_rows, sizes, scale,
-                        softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, True, LEFT, RIGHT, mma_s, mma_o,
+                        softcap, C, BLOCK, N, STAGES, CONSUMERS, TURNS, BOUNDED, True, LEFT, RIGHT, mma_s, mma_o,
                     )  # fmt: skip
                     count += 1
                     steps += 1
@@ -228,7 +228,7 @@ def _consume(
             acc = warpgroup_mma(p, v_here.index(last).reshape((N, BLOCK)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
 
-            if softcap is not None:
+            if BOUNDED:
                 total = gl.convert_layout(gl.sum(total, 1), by_row)
             blind = total == 0.0
             if sinks is not None:

@@ -43,7 +43,6 @@ def takes(x: Arguments, pattern: Pattern) -> bool:
     dim, v_dim, q_len = x.q.shape[-1], x.v.shape[-1], x.q.shape[2]
     if x.q.element_size() != 2 or max(dim, v_dim) > 128 or (dim <= 64) != (v_dim <= 64):
         return False
-    # Exponentials of scores within this need no maximum subtracted.
     if x.softcap is not None and (x.softcap > 60 or x.q.dtype != torch.bfloat16):
         return False
     # Tiles are read whole: no key in them may be one that nobody sees, which could be NaN.
@@ -96,6 +95,7 @@ def forward(x: Arguments, pattern: Pattern, out: Tensor, lse: Tensor, recording:
         "STAGES": cut.stages,
         "CONSUMERS": cut.groups,
         "TURNS": cut.turns,
+        "BOUNDED": softcap is not None,
         "LEFT": pattern.left,
         "RIGHT": pattern.right,
     }

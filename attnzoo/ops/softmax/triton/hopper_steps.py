@@ -6,14 +6,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from attnzoo.ops.softmax.triton.hopper_cap import capped_weights
+from attnzoo.ops.softmax.triton.hopper_cap import capped
 
 
 @gluon.jit
 def step(
     number, count, steps, q, k_here, v_here, bars, p, acc, top, total, i, k_rows, sizes, scale, softcap,
     C: gl.constexpr, BLOCK: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    TURNS: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TURNS: gl.constexpr, BOUNDED: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     mma_s: gl.constexpr, mma_o: gl.constexpr,
 ):  # fmt: skip
     """Products and weights of one more tile of keys, while those of the last one are multiplied with the values."""
@@ -29,11 +29,11 @@ def step(
         mbarrier.arrive(turn.index((C + 1) % CONSUMERS))
     s = warpgroup_mma_wait(1, deps=[s])
     weights, top, total, shrink = softmax_of(
-        s, number, i, k_rows, sizes, scale, softcap, top, total, N, MASKED, LEFT, RIGHT, mma_s
+        s, number, i, k_rows, sizes, scale, softcap, top, total, N, BOUNDED, MASKED, LEFT, RIGHT, mma_s
     )
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(kv_empty.index(count % STAGES))
-    if softcap is None:
+    if not BOUNDED:
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, mma_o))[:, None]
     p = in_pairs(weights, v_here.dtype, N)
     return p, acc, top, total
@@ -52,13 +52,16 @@ def scores_of(
 
 @gluon.jit
 def softmax_of(
-    s, number, i, k_rows, sizes, scale, softcap, top, total, N: gl.constexpr,
+    s, number, i, k_rows, sizes, scale, softcap, top, total, N: gl.constexpr, BOUNDED: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, mma_s: gl.constexpr,
 ):  # fmt: skip
     """Unscaled weights of the keys of tile `number`; each row's greatest score and sum; what the old ones shrink by.
 
-    Under a softcap no maximum has to be subtracted, and sums are kept by lane, as nothing but the end asks for more.
+    BOUNDED sums are kept by lane, as nothing but the end asks for the whole.
     """
+    if softcap is not None:
+        s = capped(s, scale, softcap)
+        scale = 1.0
     if MASKED:
         j = (number * N + gl.arange(0, N, layout=gl.SliceLayout(0, mma_s)))[None, :]
         seen = j < k_rows
@@ -66,15 +69,12 @@ def softmax_of(
             seen = seen & (j <= i[:, None] + sizes[9])
         if LEFT:
             seen = seen & (j > i[:, None] - sizes[8])
+        s = gl.where(seen, s, float("-inf"))
     shrink = top
-    if softcap is not None:
-        weights = capped_weights(s, scale, softcap)
-        if MASKED:
-            weights = gl.where(seen, weights, 0.0)
+    if BOUNDED:
+        weights = gl.exp2(s * scale)
         total = total + by_lane(weights, N)
     else:
-        if MASKED:
-            s = gl.where(seen, s, float("-inf"))
         higher = gl.maximum(top, gl.max(s, 1) * scale)
         weights = gl.exp2(s * scale - higher[:, None])
         shrink = gl.exp2(top - higher)
