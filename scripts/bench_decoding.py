@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import peer_flashinfer
@@ -28,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
+from attnzoo.bench.timing import one_call
 from attnzoo.caches import ContiguousCache, Int8Cache, LatentCache, PagedCache, PagedInt8Cache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.masks import Causal, Full, GlobalTokens, SlidingWindow
@@ -214,7 +213,6 @@ def latent() -> Iterator[dict[str, Any]]:
             del sets, runs
 
 
-WAIT = 1_000_000  # clock cycles, half a millisecond: more than any host needs for a call
 SHAPES = ((1, 32, 8, 32768), (16, 32, 32, 8192), (16, 32, 8, 8192), (16, 32, 1, 8192), (64, 32, 8, 8192))
 GROUPS = {"bf16": bf16, "int8": int8, "paged": paged, "window": window, "first": first, "queries": queries}
 GROUPS["latent"] = latent
@@ -246,7 +244,7 @@ def timed(
     error = ((got - truth).norm() / truth.norm()).item()
     if not error < 1e-2:
         raise RuntimeError(f"{name}, {case}: relative error {error}")
-    ms, host_ms = single_time(runs[0])
+    ms, host_ms = one_call(runs[0])
     graph_ms = graph_time(runs)
     row = {"case": case, "name": name, "ms": ms, "graph_ms": graph_ms, "gbs": nbytes / ms / 1e6, "error": error}
     row["host_ms"] = host_ms
@@ -262,26 +260,6 @@ def compared(row: dict[str, Any], peers: list[dict[str, Any]], name: str) -> dic
             for prefix in ("", "graph_")
         }
     return row
-
-
-def single_time(run: Run, calls: int = 50) -> tuple[float, float]:
-    """Median milliseconds of single calls, the L2 cache full of what was written last: on the device, on the host."""
-    filler = torch.empty(2**28, device="cuda", dtype=torch.uint8)
-    events, host = [], []
-    for _ in range(calls + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        filler.zero_()
-        torch.cuda._sleep(WAIT)
-        start.record()
-        began = time.perf_counter()
-        run()
-        host.append((time.perf_counter() - began) * 1e3)
-        end.record()
-        events.append((start, end))
-        if len(events) % 8 == 0:
-            torch.cuda.synchronize()  # a full queue would keep the host waiting
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in events[5:]), median(host[5:])
 
 
 def graph_time(runs: list[Run], rounds: int = 4) -> float:

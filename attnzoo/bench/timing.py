@@ -20,6 +20,7 @@ SECONDS = 1.0  # that turns go on for, if there are fewer than MOST
 WARM = 0.4  # seconds of turns that do not count
 CALLS = 4  # timed in each turn, after one that is not
 FLUSHED = 256 << 20  # bytes that are written before each call, to leave nothing of it in the L2 cache
+WAIT = 2_000_000  # clock cycles, a millisecond: more than any host needs for a call
 
 Clock = Callable[[Callable[[], object]], Callable[[], float]]
 
@@ -48,6 +49,29 @@ def in_turns(functions: Sequence[Callable[[], object]], clock: Clock | None = No
             counts, started = True, time.perf_counter()
         elif not functions or (len(taken[0]) >= TURNS and (passed >= SECONDS or len(taken[0]) >= MOST)):
             return taken
+
+
+def one_call(function: Callable[[], object], calls: int = 50) -> tuple[float, float]:
+    """Median milliseconds of a call with a cold L2 cache, on the device and on the host.
+
+    The device waits before each call until all of it has been launched, so that a busy host makes no kernel look slow.
+    """
+    cache = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+    events, host = [], []
+    for number in range(calls + 5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(WAIT)
+        begin.record()
+        started = time.perf_counter()
+        function()
+        host.append((time.perf_counter() - started) * 1e3)
+        end.record()
+        events.append((begin, end))
+        if number % 8 == 7:
+            torch.cuda.synchronize()  # a full queue would keep the host waiting
+    torch.cuda.synchronize()
+    return median(begin.elapsed_time(end) for begin, end in events[5:]), median(host[5:])
 
 
 def spread(taken: Sequence[float]) -> float:
