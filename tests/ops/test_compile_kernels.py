@@ -25,27 +25,27 @@ def compiled(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
-def listed(op: str) -> list[tuple[str, str, int, int]]:
-    """The op's builds: name, kernel, and the compute capabilities from which on and up to which each exists."""
+@pytest.fixture(scope="module")
+def listed() -> dict[str, list[tuple[str, str, int, int]]]:
+    """Each op's builds: name, kernel, and the compute capabilities from which on and up to which each exists."""
+    rooms = {op: "recipes.losses_builds" if op == "losses" else f"attnzoo.ops.{op}.triton.builds" for op in OPS}
     code = f"""
-import json
-from {"recipes.losses_builds" if op == "losses" else f"attnzoo.ops.{op}.triton.builds"} import builds
-print(json.dumps([(b.name, b.kernel.__name__, b.least, b.most) for b in builds()]))
+import importlib, json
+builds = {{op: importlib.import_module(room).builds() for op, room in {rooms}.items()}}
+print(json.dumps({{op: [(b.name, b.kernel.__name__, b.least, b.most) for b in own] for op, own in builds.items()}}))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    builds = [tuple(row) for row in json.loads(done.stdout)]
-    assert len({name for name, *_ in builds}) == len(builds), "two builds of one name"
-    return builds
+    return {op: [tuple(row) for row in own] for op, own in json.loads(done.stdout).items()}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a machine with two cores and an empty cache
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_compiles_for_every_gpu_and_reports_what_it_takes(op: str, tmp_path: Path) -> None:
-    builds = listed(op)
-    assert builds
+def test_every_kernel_compiles_for_every_gpu_and_reports_what_it_takes(op: str, listed, tmp_path: Path) -> None:
+    builds = listed[op]
+    assert builds and len({name for name, *_ in builds}) == len(builds), "two builds of one name"
     done = compiled("--ops", op, "--out", tmp_path / "report.json")
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line)
     report = json.loads((tmp_path / "report.json").read_text())

@@ -128,10 +128,10 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("make", [lambda n: big_bird(64, length=n), lambda n: longformer(128, (0, 9000), dilation=8)])
-def test_memory_is_linear_up_to_64k_tokens_forward_and_backward(make) -> None:
+@pytest.mark.parametrize("make", [lambda n: big_bird(64, length=n), lambda n: longformer(128, (0, 4500), dilation=8)])
+def test_memory_is_linear_up_to_32k_tokens_forward_and_backward(make) -> None:
     largest = {}
-    for length in (16384, 65536):
+    for length in (8192, 32768):
         q, k, v = torch.randn(3, 1, 1, length, 8)
         rest = (None, None, None, None, None, None, make(length).text, 8**-0.5, 0.0, 0.0)
         with Allocations() as seen:
@@ -140,8 +140,8 @@ def test_memory_is_linear_up_to_64k_tokens_forward_and_backward(make) -> None:
             grads = tiled_attention_backward._init_fn(d_out, d_lse, q, k, v, *rest)
         assert all(g.isfinite().all() for g in (out, lse, *grads))
         largest[length] = seen.largest
-    assert largest[65536] <= 4.1 * largest[16384]
-    assert largest[65536] <= 64 * 65536 * 4  # the scores of a block of global queries over all keys, in fp32
+    assert largest[32768] <= 4.1 * largest[8192]
+    assert largest[32768] <= 64 * 32768 * 4  # the scores of a block of global queries over all keys, in fp32
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
