@@ -130,6 +130,7 @@ def test_each_method_does_less_damage_than_the_one_before_it(model_type):
             method=method,
             calibration=text,
             held_out=ids(16, seed=9),
+            steps=40,
             report=seen.setdefault(method, []).append,
         )
     errors = {method: found[0].layers[0].attention_error for method, found in seen.items()}
