@@ -126,4 +126,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout = "half") -
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     turned = first * cos - second * sin, second * cos + first * sin
     out = torch.cat(turned, dim=-1) if layout == "half" else torch.stack(turned, dim=-1).flatten(-2)
-    return torch.cat([out.to(x.dtype), rest], dim=-1)
+    out = out.to(x.dtype)
+    return torch.cat([out, rest], dim=-1) if rest.shape[-1] else out
