@@ -15,9 +15,9 @@ from attnzoo.ops.linear.triton.shapes import power_of_two
 
 _LARGEST = 256  # of keys and values; a program holds all columns of its outputs
 _GROUP = 32  # query heads of a program
-_ROWS, _KEYS = 32, 64  # of the state and of the window, looked at together
-_EXACT_KEYS = 16  # without tensor cores, where more would explode the code
-_STAGES = 1  # tokens of one call read what the one before wrote: nothing may be fetched ahead
+_SLAB = 4096  # elements of the state that a program looks at together
+_EXACT = 32, 16  # rows of the state and keys looked at together without tensor cores, which would explode the code
+_WARPS, _STAGES = 4, 1  # tokens of one call read what the one before wrote: nothing may be fetched ahead
 
 
 def hybrid_step_reasons(q: Tensor, f_q: Tensor, f_k: Tensor, v: Tensor, state: State, ring: Ring) -> list[str]:
@@ -123,8 +123,10 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 def step_constants(group: int, dim: int, features: int, v_dim: int, slots: int, dtype: torch.dtype) -> dict[str, Any]:
     """Constants of the kernel that follow from sizes and dtype, and its launch options."""
-    exact = dtype == torch.float32
-    most_rows, most_keys = (16, 16) if interpreted() else (_ROWS, _EXACT_KEYS if exact else _KEYS)
+    block_v, exact = power_of_two(v_dim), dtype == torch.float32
+    most_features, most_keys = _EXACT if exact else (max(16, _SLAB // block_v), 64)
+    if interpreted():
+        most_features, most_keys = 16, 16
     return {
         "GROUP": group,
         "SLOTS": slots,
@@ -134,9 +136,9 @@ def step_constants(group: int, dim: int, features: int, v_dim: int, slots: int, 
         "DV": v_dim,
         "BG": power_of_two(group),
         "BD": power_of_two(dim),
-        "BF": min(power_of_two(features), most_rows),
-        "BV": power_of_two(v_dim),
+        "BF": min(power_of_two(features), most_features),
+        "BV": block_v,
         "BN": min(power_of_two(max(slots, 1)), most_keys),
-        "num_warps": 4 if v_dim <= 64 else 8,
+        "num_warps": _WARPS,
         "num_stages": _STAGES,
     }
