@@ -35,10 +35,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import attnzoo.hf  # noqa: F401  (registers attn_implementation="attnzoo")
+from attnzoo.bench.running import limits
 from recipes import parallel
 from recipes.compiling import compile_model
 from recipes.heads import head_of
 from recipes.losses import linear_cross_entropy
+from recipes.meters import peak_flops, training_flops
 from recipes.module import Uptraining
 from recipes.objectives import CE, Objective
 from recipes.packed import pack, shifted_labels
@@ -46,7 +48,6 @@ from recipes.stages import Stage
 from recipes.trainer import build_trainer
 from recipes.windows import Windows
 
-PEAK = 989e12  # bf16 flops a second of an H200 or H100 SXM, by its data sheet
 TURNS, TURN, COMPARED = 4, 5, 8  # steps of a turn, and steps whose losses are compared
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, to see that it runs
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -90,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     parallel.join("auto")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    device = {"device": torch.cuda.get_device_name(), "matmul_tflops": matmul_limit()} if DEVICE == "cuda" else {}
+    device = {"device": torch.cuda.get_device_name(), **limits()} if DEVICE == "cuda" else {}
     rows: list[dict[str, Any]] = []
     for row in measurements(options.cases, options.contestants, options.compile):
         rows.append(row)
@@ -202,7 +203,7 @@ class Measured:
             "ms": ms,
             "ms_of_turns": [median(milliseconds(*pair) for pair in pairwise(turn[1:])) for turn in self.turns[1:]],
             "tokens_per_s": tokens * gpus / ms * 1e3,
-            "mfu": flops(case) * tokens / ms * 1e3 / PEAK,
+            **mfu(case, tokens / ms * 1e3),
             "start_s": self.start_s,
             "peak_gib": self._peak / 2**30,
             "loss": self.loss[:COMPARED],
@@ -318,10 +319,13 @@ class _Loader:
 def build(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
     """In fp32 on the GPU; the same weights for every attention."""
     torch.manual_seed(0)
-    full = LlamaConfig(**config, max_position_embeddings=8192, tie_word_embeddings=True)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(full, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config_of(config), attn_implementation=attention, dtype=torch.float32)
     return model.train()
+
+
+def config_of(sizes: Mapping[str, Any]) -> LlamaConfig:
+    return LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=True)
 
 
 def pieces_of(case: Mapping[str, Any]) -> Iterator[list[np.ndarray]]:
@@ -367,21 +371,18 @@ def wait() -> None:
 
 
 def flops(case: Mapping[str, Any]) -> float:
-    """Of a token's forward and backward: 6 for every weight that multiplies, and causal attention's products."""
-    m = case["model"]
-    heads = m["num_attention_heads"] * m["head_dim"]
-    attention = 2 * m["hidden_size"] * (heads + m["num_key_value_heads"] * m["head_dim"])
-    layer = attention + 3 * m["hidden_size"] * m["intermediate_size"]
-    weights = m["num_hidden_layers"] * layer + m["vocab_size"] * m["hidden_size"]
-    return 6 * weights + 6 * m["num_hidden_layers"] * heads * case["length"]
+    """Of a token's forward and backward, as the recipe's meters count them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(case["model"]))
+    found = training_flops(model, case["length"])
+    assert found is not None
+    return found
 
 
-def matmul_limit() -> float:
-    """TFLOP/s of an 8192^3 bf16 matmul."""
-    from triton.testing import do_bench
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / do_bench(lambda: a @ b, warmup=50, rep=200, return_mode="median") / 1e9
+def mfu(case: Mapping[str, Any], tokens_per_s: float) -> dict[str, float]:
+    """What a GPU reaches of its peak, where that is known."""
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16-mixed") if DEVICE == "cuda" else None
+    return {} if peak is None else {"mfu": flops(case) * tokens_per_s / peak}
 
 
 def require_agreement(rows: list[dict[str, Any]]) -> None:

@@ -47,6 +47,6 @@ def test_a_contestant_that_computes_something_else_is_found(bench):
 
 def test_the_work_of_a_token_is_that_of_its_matmuls(bench):
     per_layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48
-    attention = 2 * 2 * 24 * 32 / 2  # of queries with keys and of weights with values, half of it masked
+    attention = 2 * 2 * 32 * (24 + 1) / 2  # of queries with keys and of weights with values: 1 to 24 keys a query
     expected = 3 * (2 * (2 * per_layer + 64 * 32) + 2 * attention)
     assert bench.flops(bench.CASES["tiny"]) == expected
