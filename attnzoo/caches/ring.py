@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.caches.lengths import RowLengths
 from attnzoo.caches.places import places
-from attnzoo.ops.decoding.stored import Stored
+from attnzoo.ops.decoding.stored import Stored, columns_of
 
 if TYPE_CHECKING:
     from attnzoo.caches.storage import Storage
@@ -63,10 +63,8 @@ class Ring:
         device = self.k.parts[0].device
         rows = torch.arange(self.k.parts[0].shape[0], device=device).unsqueeze(1)
         base = starts.unsqueeze(1) if isinstance(starts, Tensor) else starts
-        column = torch.arange(count, device=device).unsqueeze(0)
-        slots = (base + column) % self.size
-        if self.prefix:
-            slots = torch.where(column < self.prefix, self.size + column, slots)
+        slots = (base + torch.arange(count, device=device).unsqueeze(0)) % self.size
+        slots = columns_of(slots, self.size, self.prefix)
         return self.k.read(rows, slots), self.v.read(rows, slots)
 
     def stored(self, rows: RowLengths, dtype: torch.dtype) -> Stored:

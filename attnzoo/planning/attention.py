@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnzoo.masks import Mask
-from attnzoo.ops.decoding.limits import limits
-from attnzoo.ops.decoding.reach import reach
+from attnzoo.ops.decoding.reach import first_tokens, reach
 from attnzoo.planning.visible import visible_pairs, visible_to_last
 from attnzoo.planning.weights import Weights, matrix, vectors
 
@@ -79,13 +78,7 @@ class Softmax(Attention):
 
     @property
     def bounded(self) -> bool:
-        return reach(self.mask, self._prefix) is not None
-
-    @property
-    def _prefix(self) -> int:
-        """First tokens that a cache holds beside a window."""
-        limit = None if self.mask is None else limits(self.mask)
-        return 0 if limit is None else limit.prefix
+        return reach(self.mask, first_tokens(self.mask)) is not None
 
     def weights(self, dim: int) -> Weights:
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -105,7 +98,8 @@ class Softmax(Attention):
         return 2 * self.num_heads * (self.head_dim + self.v_head_dim) * visible_to_last(self.mask, tokens)
 
     def cache_bytes(self, tokens: int, size: int) -> int:
-        held = tokens if self.int8 else held_tokens(self.mask, tokens, self._prefix)  # no ring of int8 so far
+        # No ring of int8 so far.
+        held = tokens if self.int8 else held_tokens(self.mask, tokens, first_tokens(self.mask))
         recent = RESIDUAL * self.num_kv_heads * (self.head_dim + self.v_head_dim) * size if self.int8 else 0
         return held * self._slot(size) + recent
 

@@ -18,8 +18,7 @@ from attnzoo.hf.layers import SwappedAttention
 from attnzoo.hf.linear import SwappedLinearAttention
 from attnzoo.hf.masks import _SILENT_ABOUT_WINDOW
 from attnzoo.hf.recurrent_cache import RecurrentLayer
-from attnzoo.ops.decoding.limits import limits
-from attnzoo.ops.decoding.reach import reach
+from attnzoo.ops.decoding.reach import first_tokens, reach
 
 Kind = Literal["contiguous", "paged", "int8", "paged_int8", "rolling"]
 _PAGE = 64
@@ -70,11 +69,8 @@ def cache_for(model: PreTrainedModel, batch_size: int, max_length: int, kind: Ki
             continue
         if isinstance(module, SwappedLatentAttention) and module.softcap is not None:
             raise ValueError("model has latent attention with a softcap, which no kernel over a cache computes")
-        window, prefix = windows[index] if module is None else reach(module.mask), 0
-        if isinstance(module, SwappedAttention) and module.mask is not None:
-            limit = limits(module.mask)
-            prefix = 0 if limit is None else limit.prefix
-            window = reach(module.mask, prefix)
+        prefix = first_tokens(module.mask) if isinstance(module, SwappedAttention) else 0
+        window = windows[index] if module is None else reach(module.mask, prefix)
         latent = isinstance(module, SwappedLatentAttention)
         make = _maker(kind, batch_size, max_length, window, prefix, latent=latent)
         layers.append(HeldLayer(make, max_length))
@@ -96,7 +92,7 @@ def _windows(config: Any, number: int) -> list[int | None]:
 
 
 def _maker(
-    kind: str, batch_size: int, max_length: int, window: int | None, prefix: int = 0, *, latent: bool
+    kind: str, batch_size: int, max_length: int, window: int | None, prefix: int, *, latent: bool
 ) -> Callable[[Tensor, Tensor], TokenCache]:
     pages = batch_size * -(-max_length // _PAGE)
 

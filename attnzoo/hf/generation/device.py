@@ -9,6 +9,7 @@ from attnzoo.caches import PagedCache
 from attnzoo.caches.token_cache import TokenCache
 from attnzoo.ops.decoding import Rows, Stored
 from attnzoo.ops.decoding.store import places, store
+from attnzoo.ops.decoding.stored import columns_of
 
 
 class Clock:
@@ -101,9 +102,7 @@ class OnDevice:
         positions = first + torch.arange(count, device=self.clock.rows.device)[None]  # [1 or B, n]
         positions = positions.expand(len(self.clock.rows), -1)
         blocks, slots = places(held, positions)
-        if held.ring and self.prefix:
-            column = torch.arange(count, device=slots.device)
-            slots = torch.where(column < self.prefix, held.size + column, slots)
+        slots = columns_of(slots, held.size, held.prefix if held.ring else 0)
         whole = [_decoded(parts, blocks, slots, held.dtype) for parts in (held.k, held.v)]
         if held.recent is not None and held.kept is not None:
             kept = held.kept.base if held.kept.more is None else held.kept.base + held.kept.more[:, None]

@@ -28,6 +28,12 @@ def reach(mask: Mask | None, prefix: int = 0) -> int | None:
     return max(bounds) if bounds and len(bounds) == len(parts) else None
 
 
+def first_tokens(mask: Mask | None) -> int:
+    """How many of a row's first tokens every later query sees, which a cache has to hold beside a window's."""
+    limit = None if mask is None else limits(mask)
+    return 0 if limit is None else limit.prefix
+
+
 def is_relative(mask: Mask, prefix: int = 0) -> bool:
     """Whether it is sure that the mask depends on the distance of query and key alone, and on which are the first keys.
 

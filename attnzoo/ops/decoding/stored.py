@@ -54,6 +54,14 @@ class Stored(NamedTuple):
         return self.k[0].shape[2] - (self.prefix if self.ring else 0)
 
 
+def columns_of(slots: Tensor, size: int, prefix: int) -> Tensor:
+    """Slots `[.., n]` of a view's columns over a ring of `size` slots: its first ones are those of the prefix."""
+    if not prefix:
+        return slots
+    column = torch.arange(slots.shape[-1], device=slots.device)
+    return torch.where(column < prefix, size + column, slots)
+
+
 def stored(cache: KeyValues) -> Stored:
     """The cache's own `stored()`, or its view if it has none."""
     if hasattr(cache, "stored"):

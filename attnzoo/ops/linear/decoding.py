@@ -88,11 +88,13 @@ def linear_decode(
     cache.check_new(features[1], v, lengths, k if cache.window is not None else None)
     if q.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q must be [B, a multiple of Hk, S, D] for k {list(k.shape)}, got {list(q.shape)}")
-    if cache.window is None and cache.tail.v.shape[2] == 0:
+    ring = cache.ring
+    if cache.window is None and ring.size == 0:
         return _from_state(*features, v, cache, scale, lengths)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *features))
-    few = q.shape[2] <= MOST_TOKENS and not needs_gradient
-    if few and cache.window is not None and takes_kernel(q, *features, v, cache.state, cache.ring, cache.window):
+    few = 0 < q.shape[2] <= MOST_TOKENS and not needs_gradient
+    whole = cache.window is not None and ring.size == cache.window - 1  # nothing is kept apart for a rollback
+    if few and whole and takes_kernel(q, *features, v, cache.state, ring):
         given: Any = {
             "q_features": q_features,
             "k_features": k_features,

@@ -66,9 +66,9 @@ def hybrid_step(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, f_q, f_k)):
         raise ValueError("hybrid_step has no gradient")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "triton" or (backend == "auto" and takes_kernel(q, f_q, f_k, v, state, ring, ring.size + 1)):
-        if why := hybrid_step_reasons(q, f_q, f_k, v, state, ring):
-            raise ValueError(f"hybrid_step cannot run this call: {'; '.join(why)}")
+    if backend == "triton" and (why := hybrid_step_reasons(q, f_q, f_k, v, state, ring)):
+        raise ValueError(f"hybrid_step cannot run this call: {'; '.join(why)}")
+    if backend == "triton" or (backend == "auto" and takes_kernel(q, f_q, f_k, v, state, ring)):
         return fused(q, k, v, f_q, f_k, state, ring, before, lengths, near_weight, feature_map, factor)
     tail = tail_of(ring, before, before.clamp(max=ring.size))
     with torch.autocast(q.device.type, enabled=False):
@@ -82,11 +82,9 @@ def hybrid_step(
     return out
 
 
-def takes_kernel(q: Tensor, f_q: Tensor, f_k: Tensor, v: Tensor, state: State, ring: Ring, window: int) -> bool:
+def takes_kernel(q: Tensor, f_q: Tensor, f_k: Tensor, v: Tensor, state: State, ring: Ring) -> bool:
     """Whether the kernel is the way to step; the interpreter never is."""
-    if q.device.type != "cuda" or interpreted() or ring.size != window - 1 or q.shape[2] == 0:
-        return False
-    return not hybrid_step_reasons(q, f_q, f_k, v, state, ring)
+    return q.device.type == "cuda" and not interpreted() and not hybrid_step_reasons(q, f_q, f_k, v, state, ring)
 
 
 def from_tail(

@@ -43,6 +43,8 @@ def attend(
     config = configure(dim, v_dim, q.dtype, v.dtype)
     parts = cut(batch, kv_heads, length, config, q.device, cu_seqlens)
     out, inverses, s1, z1 = outputs(q, k, v, cu_seqlens, normalize)
+    full = is_full(length, config, lengths, cu_seqlens)
+    hopper = log_decay is None and hopper_launch.takes(q, k, v, out, config, causal=causal, full=full)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     sums, z_sums = none, none.clone()
     before: tuple[Tensor | None, ...] = (s0, z0, None, None)
@@ -52,14 +54,15 @@ def attend(
         join(s0, z0, *found, s1, z1, k_parts, normalize, config)
         before, lengths = (s1, z1, None, None), None  # queries have no padding: the lengths are the keys'
     elif parts.several:
-        full = is_full(length, config, lengths, cu_seqlens)
-        followed = log_decay is None and hopper_launch.takes(q, k, v, out, config, causal=True, full=full)
         where = (log_decay, lengths, cu_seqlens)
-        sums, z_sums = sum_keys(k, v, *where, feature_map, normalize, parts, config, followed=followed)
+        sums, z_sums = sum_keys(k, v, *where, feature_map, normalize, parts, config, followed=hopper)
         before = (s0, z0, sums, z_sums)
-    kind = (feature_map, normalize, causal, scale)
     last = (s1, z1) if causal else (None, None)
-    read_out(q, k, v, out, inverses, before, last, log_decay, lengths, cu_seqlens, *kind, parts, config)
+    if hopper:
+        hopper_launch.attend(q, k, v, out, inverses, before, last, feature_map, normalize, scale, parts)
+    else:
+        kind = (feature_map, normalize, causal, scale)
+        read_out(q, k, v, out, inverses, before, last, log_decay, lengths, cu_seqlens, *kind, parts, config)
     return out, inverses, s1, z1, sums, z_sums
 
 
@@ -90,10 +93,6 @@ def read_out(
     length, group, tiles = q.shape[2], q.shape[1] // k.shape[1], config.attend
     alike = q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2)
     full = is_full(length, config, lengths, cu_seqlens)
-    plain = log_decay is None and lag is None
-    if plain and hopper_launch.takes(q, k, v, out, config, causal=causal, full=full):
-        hopper_launch.attend(q, k, v, out, inverses, before, last, feature_map, normalize, scale, parts)
-        return
     more: dict[str, Any] = {
         "CAUSAL": causal,
         "GROUP": group,
